@@ -1,0 +1,188 @@
+"""A run, as data: frozen dataclasses whose fields explain themselves, and no logic beyond refusing nonsense."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from errors import UserError
+from model.config import ModelConfig
+from sharding.mesh import MeshConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes batches."""
+
+    sources: tuple[str, ...] = ()
+    """Files, globs or prepared directories; .txt, .jsonl(.gz|.zst), .parquet, .arrayrecord."""
+    weights: tuple[float, ...] = ()
+    """Share of each source in the mixture; empty mixes in proportion to size."""
+    validation: tuple[str, ...] = ()
+    """Held-out sources; empty holds out `validation_fraction` of the documents of `sources`."""
+    validation_fraction: float = 0.01
+    """Share of documents held out when `validation` is empty; 0 for none."""
+    tokenizer: str = ""
+    """Directory with tokenizer.model or tokenizer.json."""
+    sequence_length: int = 256
+    """Tokens in a packed row (T)."""
+    batch_size: int = 8
+    """Rows in a step, over all hosts and micro-batches (B)."""
+    workers: int = 0
+    """Processes that read ahead; 0 reads in a thread."""
+    max_bad_rows: int = 100
+    """Malformed rows that are skipped (each is reported) before the input is refused."""
+    cache: str = ""
+    """Where tokenised sources are kept; empty means a `data` directory in the run."""
+
+    def __post_init__(self) -> None:
+        if self.weights and len(self.weights) != len(self.sources):
+            raise UserError(
+                f"data.weights has {len(self.weights)} numbers for {len(self.sources)} data.sources; give one each"
+            )
+        if any(w < 0 for w in self.weights) or (self.weights and not sum(self.weights) > 0):
+            raise UserError("data.weights must not be negative and must not all be zero")
+        for name in ("sequence_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.validation_fraction < 1:
+            raise UserError(f"data.validation_fraction={self.validation_fraction} must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How gradients change weights."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for matrices with adamw for everything else."""
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Shape after warm-up: cosine to the end, warm-up-stable-decay, or flat."""
+    warmup_steps: int = 20
+    """Steps over which the learning rate rises linearly from 0."""
+    decay_fraction: float = 0.2
+    """wsd: last share of the steps over which the learning rate falls."""
+    final_fraction: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+    beta1: float = 0.9
+    """AdamW: decay of the mean of gradients."""
+    beta2: float = 0.95
+    """AdamW: decay of the mean of squared gradients."""
+    eps: float = 1e-8
+    """AdamW: added to the denominator."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; norms and biases are left alone."""
+    clip_norm: float = 1.0
+    """Gradients with a larger global norm are scaled down to it; 0 for never."""
+    muon_learning_rate: float = 0.01
+    """muon: peak learning rate of matrices."""
+    muon_momentum: float = 0.95
+    """muon: decay of the momentum."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How the running mean of gradients is stored."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is added to the next-token loss."""
+
+    z_loss: float = 0.0
+    """Weight of the squared log-partition of the output."""
+    balance: float = 0.001
+    """Weight of the load-balance loss over the global batch (arXiv 2501.11873)."""
+    router_z_loss: float = 0.0001
+    """Weight of the squared log-partition of the router."""
+    bias_update_rate: float = 0.0
+    """Step of the selection bias towards even load; needs model.moe.selection_bias."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When state is saved and what is kept."""
+
+    every: int = 100
+    """Steps between saves; a save also happens at the end and on SIGTERM or Ctrl-C."""
+    keep: int = 2
+    """Newest checkpoints kept; the one with the best validation loss is kept beside them."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides what a training run does."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The architecture."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Text and batches."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer and schedule."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Auxiliary losses."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Devices along each axis."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving."""
+    objective: Literal["pretrain", "sft"] = "pretrain"
+    """pretrain: every token of raw text; sft: the assistant's turns of conversations."""
+    init_from: str = ""
+    """A run directory whose weights to start from."""
+    steps: int = 100
+    """Optimizer steps."""
+    seed: int = 0
+    """Decides the initial weights and the order of data."""
+    accumulate: int = 1
+    """Micro-batches that a step is cut into."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of activations; auto is float32 on a CPU and bfloat16 elsewhere."""
+    remat: Literal["none", "block", "dots"] = "none"
+    """Recompute in the backward pass: nothing, whole blocks, or all but matrix products."""
+    layers: Literal["auto", "list", "stacked"] = "auto"
+    """One array per layer, or stacked and scanned; auto is a list on a CPU and for few layers."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    validate_every: int = 50
+    """Steps between validation losses; 0 for only at the end."""
+    validation_batches: int = 8
+    """Batches in a validation loss."""
+    max_bad_steps: int = 20
+    """Steps in a row that may be skipped for a loss or gradient that is not finite, before the run stops."""
+    spike_factor: float = 0.0
+    """Skip a step whose gradient norm exceeds this many times its running mean; 0 never skips."""
+    out: str = ""
+    """Run directory; empty means runs/ and the name of the config."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.data.batch_size % self.accumulate:
+            raise UserError(f"data.batch_size={self.data.batch_size} does not divide by accumulate={self.accumulate}")
+        rows = self.data.batch_size // self.accumulate
+        if rows % self.mesh.batch_shards:
+            raise UserError(
+                f"{rows} rows of a micro-batch do not divide over data x fsdp x expert = {self.mesh.batch_shards}"
+            )
+        if self.data.sequence_length > self.model.max_positions:
+            raise UserError(
+                f"data.sequence_length={self.data.sequence_length} is longer than "
+                f"model.max_positions={self.model.max_positions}"
+            )
+        check_divides(self.model, self.mesh)
+        if self.loss.bias_update_rate and not self.model.moe.selection_bias:
+            raise UserError("loss.bias_update_rate needs model.moe.selection_bias true")
+
+
+def check_divides(model: ModelConfig, mesh: MeshConfig) -> None:
+    """Refuses sizes of `model` that do not divide over the axes of `mesh`."""
+    parts = [("heads", model.num_heads, "tensor"), ("key/value heads", model.num_kv_heads, "tensor")]
+    if model.moe.num_experts:
+        parts.append(("experts", model.moe.num_experts, "expert"))
+        parts.append(("channels of an expert", model.moe.intermediate_size, "tensor"))
+    if model.num_moe_layers < model.num_layers:
+        parts.append(("feed-forward channels", model.intermediate_size, "tensor"))
+    parts.append(("channels of the residual stream", model.hidden_size, "fsdp"))
+    for what, size, axis in parts:
+        shards = getattr(mesh, axis)
+        if size % shards:
+            raise UserError(f"{size} {what} do not divide over mesh.{axis}={shards}")

@@ -1,0 +1,78 @@
+"""Axis names of the device mesh, and its construction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from errors import UserError
+
+if TYPE_CHECKING:
+    import jax
+
+AXES = ("data", "fsdp", "expert", "tensor")
+"""`data`: replicas of the weights; `fsdp`: weights and optimizer cut up, batch too; `expert`: experts
+cut up, batch too; `tensor`: heads, feed-forward width and vocabulary cut up."""
+
+BATCH_AXES = ("data", "fsdp", "expert")
+"""Mesh axes over which the rows of a batch are spread."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many devices stand along each axis; their product must be the number of devices used."""
+
+    data: int = 1
+    """Replicas of the model, each with its part of the batch."""
+    fsdp: int = 1
+    """Shards of weights and optimizer state, each with its part of the batch."""
+    expert: int = 1
+    """Shards of the experts, each with its part of the batch."""
+    tensor: int = 1
+    """Shards of heads, feed-forward width and vocabulary."""
+
+    def __post_init__(self) -> None:
+        for axis, size in zip(AXES, self.shape, strict=True):
+            if size < 1:
+                raise UserError(f"mesh.{axis}={size} must be at least 1")
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Sizes in the order of `AXES`."""
+        return (self.data, self.fsdp, self.expert, self.tensor)
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that the mesh uses."""
+        return math.prod(self.shape)
+
+    @property
+    def batch_shards(self) -> int:
+        """Parts that the rows of a batch are cut into."""
+        return self.data * self.fsdp * self.expert
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh of `config` over the first `config.num_devices` of `devices` (all, by default).
+
+    Raises:
+        UserError: there are fewer devices than the mesh needs.
+    """
+    import jax
+    from jax.sharding import AxisType
+
+    devices = list(jax.devices()) if devices is None else devices
+    if config.num_devices > len(devices):
+        sizes = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, config.shape, strict=True))
+        raise UserError(
+            f"the mesh {sizes} needs {config.num_devices} devices and {len(devices)} "
+            f"{devices[0].platform} device(s) are here; on a CPU, emulate more with "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={config.num_devices}"
+        )
+    return jax.make_mesh(
+        config.shape,
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
+        devices=devices[: config.num_devices],
+    )
