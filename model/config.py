@@ -87,9 +87,7 @@ class MoEConfig:
                 f"model.moe.num_experts={self.num_experts}"
             )
         if self.num_experts % self.num_groups:
-            raise UserError(
-                f"{self.num_experts} experts do not divide into model.moe.num_groups={self.num_groups}"
-            )
+            raise UserError(f"{self.num_experts} experts do not divide into model.moe.num_groups={self.num_groups}")
         if not 0 < self.groups_per_token <= self.num_groups:
             raise UserError(
                 f"model.moe.groups_per_token={self.groups_per_token} must lie between 1 and "

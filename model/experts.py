@@ -1,0 +1,257 @@
+"""The experts' computation behind one function, one backend per situation.
+
+Every backend is exact for any routing (nothing is dropped) and is checked, gradients included, against
+`reference`. On a CPU `lax.ragged_dot` is expanded to a dense product over all experts, so there the work is
+laid out by hand: per pair (token, expert) for one token, in fixed buffers of each expert for training, in
+blocks of one expert's rows for everything else.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sharding.rules import constrain
+
+BUFFER_FACTOR = 1.25
+"""Rows in an expert's buffer, as a multiple of an even load; what does not fit goes through blocks."""
+
+OVERFLOW_BLOCK = 128
+"""Rows of one expert computed at a time when its buffer overflows."""
+
+
+class Experts(NamedTuple):
+    """Weights of one layer's experts: SwiGLU with `gate`, `up` `[E, D, F]` and `down` `[E, F, D]`."""
+
+    gate_EDF: Float[Array, "E D F"]
+    up_EDF: Float[Array, "E D F"]
+    down_EFD: Float[Array, "E F D"]
+
+
+def run_experts(
+    x_MD: Float[Array, "M D"],
+    ids_MC: Int[Array, "M C"],
+    weights_MC: Float[Array, "M C"],
+    params: Experts,
+    *,
+    training: bool,
+) -> Float[Array, "M D"]:
+    """`sum_c weights[m, c] * expert[ids[m, c]](x[m])`; an id of E means nothing.
+
+    While decoding the path depends on shapes alone, never on what other rows hold, so that the bits of a
+    row do not depend on its company.
+    """
+    tokens, experts = x_MD.shape[0], params.gate_EDF.shape[0]
+    pairs = ids_MC.size
+    if jax.default_backend() != "cpu" and jax.sharding.get_abstract_mesh().size <= 1:
+        return ragged(x_MD, ids_MC, weights_MC, params)
+    if training:
+        capacity = min(tokens, -(-int(pairs / experts * BUFFER_FACTOR) // 8) * 8)
+        return grouped(x_MD, ids_MC, weights_MC, params, capacity, OVERFLOW_BLOCK)
+    if tokens == 1:
+        return per_pair(x_MD, ids_MC, weights_MC, params)
+    return grouped(x_MD, ids_MC, weights_MC, params, 0, decode_block(pairs, experts))
+
+
+def decode_block(pairs: int, experts: int) -> int:
+    """Rows per block: near the even load, so that few rows of a block are empty and products are not tiny."""
+    even = pairs / experts
+    return next((block for block in (4, 8, 16, 32) if block >= even), 64)
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    """`silu(gate) * up`."""
+    return jax.nn.silu(gate) * up
+
+
+def reference(x_MD: Array, ids_MC: Array, weights_MC: Array, params: Experts) -> Array:
+    """Every expert on every token; what the other backends are checked against."""
+    experts = params.gate_EDF.shape[0]
+    chosen_MCE = jax.nn.one_hot(ids_MC, experts, dtype=x_MD.dtype)
+    share_ME = jnp.einsum("mc,mce->me", weights_MC, chosen_MCE)
+    hidden_EMF = swiglu(
+        jnp.einsum("md,edf->emf", x_MD, params.gate_EDF), jnp.einsum("md,edf->emf", x_MD, params.up_EDF)
+    )
+    return jnp.einsum("emf,efd,me->md", hidden_EMF, params.down_EFD, share_ME)
+
+
+def ragged(x_MD: Array, ids_MC: Array, weights_MC: Array, params: Experts) -> Array:
+    """Sort pairs by expert, one grouped matrix product per weight, and back (TPU and GPU)."""
+    choices, experts = ids_MC.shape[1], params.gate_EDF.shape[0]
+    order_R = jnp.argsort(ids_MC.reshape(-1), stable=True)
+    sizes_E = jnp.bincount(ids_MC.reshape(-1), length=experts)
+    real_R1 = (jnp.arange(ids_MC.size) < sizes_E.sum())[:, None]
+    # Rows past the last group are undefined in the kernels, so both ends are cleared.
+    rows_RD = jnp.where(real_R1, x_MD[order_R // choices], 0)
+    hidden_RF = swiglu(
+        jax.lax.ragged_dot(rows_RD, params.gate_EDF, sizes_E), jax.lax.ragged_dot(rows_RD, params.up_EDF, sizes_E)
+    )
+    out_RD = jnp.where(real_R1, jax.lax.ragged_dot(hidden_RF, params.down_EFD, sizes_E), 0)
+    back_RD = out_RD[jnp.argsort(order_R)].reshape(*ids_MC.shape, -1)
+    return jnp.einsum("mcd,mc->md", back_RD, weights_MC)
+
+
+def at(array: Array, index: Array) -> Array:
+    """`array[index]` along the first axis, as a slice."""
+    return jax.lax.dynamic_index_in_dim(array, index, keepdims=False)
+
+
+def per_pair(x_MD: Array, ids_MC: Array, weights_MC: Array, params: Experts) -> Array:
+    """One (token, expert) pair at a time, reading just that expert's weights: one token's decode on a CPU."""
+    experts = params.gate_EDF.shape[0]
+
+    def one(pair: tuple[Array, Array]) -> Array:
+        x_D, expert = pair
+        expert = jnp.minimum(expert, experts - 1)
+        x_1D = x_D[None]
+        hidden = swiglu(x_1D @ at(params.gate_EDF, expert), x_1D @ at(params.up_EDF, expert))
+        return (hidden @ at(params.down_EFD, expert))[0]
+
+    y_RD = jax.lax.map(one, (jnp.repeat(x_MD, ids_MC.shape[1], axis=0), ids_MC.reshape(-1)))
+    weights_MC = jnp.where(ids_MC < experts, weights_MC, 0)
+    return jnp.einsum("mcd,mc->md", y_RD.reshape(*ids_MC.shape, -1), weights_MC)
+
+
+class Plan(NamedTuple):
+    """Where each (token, choice) pair is computed.
+
+    The first `capacity` pairs of an expert have a slot in its buffer; later ones are taken in blocks.
+    order_R: pairs sorted by expert. first_E: where each expert's pairs start in that order.
+    slot_R: each pair's row of the buffers, `E * capacity` if it has none. pair_S: each buffer row's pair,
+    `R` if empty. block_ends_E: cumulated number of overflow blocks.
+    """
+
+    order_R: Array
+    sizes_E: Array
+    first_E: Array
+    slot_R: Array
+    pair_S: Array
+    block_ends_E: Array
+
+
+def make_plan(ids_MC: Array, experts: int, capacity: int, block: int) -> Plan:
+    """Sorts the pairs by expert and hands out slots and blocks."""
+    ids_R = ids_MC.reshape(-1)
+    pairs = ids_R.shape[0]
+    order_R = jnp.argsort(ids_R, stable=True).astype(jnp.int32)
+    sizes_E = jnp.bincount(ids_R, length=experts).astype(jnp.int32)
+    first_E = jnp.cumsum(sizes_E) - sizes_E
+    sorted_R = ids_R[order_R]
+    rank = jnp.arange(pairs, dtype=jnp.int32) - first_E[jnp.minimum(sorted_R, experts - 1)]
+    fits = (sorted_R < experts) & (rank < capacity)
+    slot_sorted = jnp.where(fits, sorted_R * capacity + rank, experts * capacity)
+    slot_R = jnp.zeros(pairs, jnp.int32).at[order_R].set(slot_sorted)
+    pair_S = jnp.full(experts * capacity, pairs, jnp.int32).at[slot_sorted].set(order_R, mode="drop")
+    overflow_E = jnp.maximum(sizes_E - capacity, 0)
+    return Plan(order_R, sizes_E, first_E, slot_R, pair_S, jnp.cumsum(-(-overflow_E // block)))
+
+
+def overflow_rows(plan: Plan, index: Array, capacity: int, block: int) -> tuple[Array, Array]:
+    """The expert of overflow block `index`, and its pairs `[block]` (`R` where the block is not full)."""
+    pairs = plan.order_R.shape[0]
+    expert = jnp.searchsorted(plan.block_ends_E, index, side="right").astype(jnp.int32)
+    before = jnp.where(expert > 0, plan.block_ends_E[expert - 1], 0)
+    rank = capacity + (index - before) * block + jnp.arange(block, dtype=jnp.int32)
+    position = jnp.minimum(plan.first_E[expert] + rank, pairs - 1)
+    return expert, jnp.where(rank < plan.sizes_E[expert], plan.order_R[position], pairs)
+
+
+def rows_of(x_MD: Array, pairs: Array, choices: int) -> Array:
+    """The token of each pair; zeros where the pair is out of range."""
+    return jnp.take(x_MD, pairs // choices, axis=0, mode="fill", fill_value=0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def grouped(x_MD: Array, ids_MC: Array, weights_MC: Array, params: Experts, capacity: int, block: int) -> Array:
+    """Buffers of `capacity` rows per expert in one batched product, then blocks for what does not fit.
+
+    With `capacity=0` all rows go through blocks. Forward and backward move rows by gathers alone in the
+    buffered part; the overflow loop runs as often as there are overflow blocks, usually never.
+    """
+    return grouped_forward(x_MD, ids_MC, weights_MC, params, capacity, block)[0]
+
+
+def to_buffers(x_MD: Array, plan: Plan, capacity: int, choices: int) -> Array:
+    """The rows of every expert's buffer, `[E, capacity, D]`; empty slots hold zeros."""
+    rows = rows_of(x_MD, plan.pair_S, choices).reshape(-1, capacity, x_MD.shape[1])
+    return constrain(rows, "expert", "slot", "embed")
+
+
+def grouped_forward(
+    x_MD: Array, ids_MC: Array, weights_MC: Array, params: Experts, capacity: int, block: int
+) -> tuple[Array, tuple]:
+    """`grouped` and what its backward pass needs."""
+    (tokens, width), choices, experts = x_MD.shape, ids_MC.shape[1], params.gate_EDF.shape[0]
+    plan = make_plan(ids_MC, experts, capacity, block)
+    weights_R = weights_MC.reshape(-1)
+    y_MD, gate, up = jnp.zeros_like(x_MD), None, None
+    if capacity:
+        rows = to_buffers(x_MD, plan, capacity, choices)
+        gate, up = rows @ params.gate_EDF, rows @ params.up_EDF
+        out = (swiglu(gate, up) @ params.down_EFD).reshape(-1, width)
+        out_MCD = jnp.take(out, plan.slot_R, axis=0, mode="fill", fill_value=0).reshape(tokens, choices, width)
+        y_MD = jnp.einsum("mcd,mc->md", out_MCD, weights_MC)
+
+    def body(index: Array, y_MD: Array) -> Array:
+        expert, pairs = overflow_rows(plan, index, capacity, block)
+        rows = rows_of(x_MD, pairs, choices)
+        hidden = swiglu(rows @ at(params.gate_EDF, expert), rows @ at(params.up_EDF, expert))
+        share = jnp.take(weights_R, pairs, mode="fill", fill_value=0)
+        return y_MD.at[pairs // choices].add(hidden @ at(params.down_EFD, expert) * share[:, None], mode="drop")
+
+    y_MD = jax.lax.fori_loop(0, plan.block_ends_E[-1], body, y_MD)
+    return y_MD, (x_MD, ids_MC, weights_MC, params, plan, gate, up)
+
+
+def expert_gradients(rows: Array, gate: Array, up: Array, share: Array, dy: Array, params: Experts) -> tuple:
+    """Gradients of one batch of rows of one expert, or of all experts' buffers at once.
+
+    `share` weighs each row's output; `dy` is the gradient of the weighted output. Returns the gradients of
+    the rows, of the share, and of the three weights.
+    """
+    hidden, pull = jax.vjp(swiglu, gate, up)
+    through = dy @ jnp.swapaxes(params.down_EFD, -1, -2)
+    d_share = jnp.sum(through * hidden, axis=-1)
+    d_gate, d_up = pull(through * share[..., None])
+    d_down = jnp.swapaxes(hidden * share[..., None], -1, -2) @ dy
+    d_rows = d_gate @ jnp.swapaxes(params.gate_EDF, -1, -2) + d_up @ jnp.swapaxes(params.up_EDF, -1, -2)
+    rows_t = jnp.swapaxes(rows, -1, -2)
+    return d_rows, d_share, Experts(rows_t @ d_gate, rows_t @ d_up, d_down)
+
+
+def grouped_backward(capacity: int, block: int, saved: tuple, dy_MD: Array) -> tuple:
+    """Gradients of `grouped`; the overflow blocks' hidden layer is computed again."""
+    x_MD, ids_MC, weights_MC, params, plan, gate, up = saved
+    (tokens, width), choices = x_MD.shape, ids_MC.shape[1]
+    weights_R = weights_MC.reshape(-1)
+    if capacity:
+        rows, dy = (to_buffers(a, plan, capacity, choices) for a in (x_MD, dy_MD))
+        share = jnp.take(weights_R, plan.pair_S, mode="fill", fill_value=0).reshape(rows.shape[:2])
+        d_rows, d_share, d_params = expert_gradients(rows, gate, up, share, dy, params)
+        d_pairs = jnp.take(d_rows.reshape(-1, width), plan.slot_R, axis=0, mode="fill", fill_value=0)
+        dx_MD = d_pairs.reshape(tokens, choices, width).sum(1)
+        dw_R = jnp.take(d_share.reshape(-1), plan.slot_R, mode="fill", fill_value=0)
+    else:
+        dx_MD, dw_R = jnp.zeros_like(x_MD), jnp.zeros_like(weights_R)
+        d_params = jax.tree.map(jnp.zeros_like, params)
+
+    def body(index: Array, carry: tuple) -> tuple:
+        dx_MD, dw_R, d_params = carry
+        expert, pairs = overflow_rows(plan, index, capacity, block)
+        own = Experts(*(at(w, expert) for w in params))
+        rows, dy = rows_of(x_MD, pairs, choices), rows_of(dy_MD, pairs, choices)
+        share = jnp.take(weights_R, pairs, mode="fill", fill_value=0)
+        d_rows, d_share, d_own = expert_gradients(rows, rows @ own.gate_EDF, rows @ own.up_EDF, share, dy, own)
+        d_params = Experts(*(total.at[expert].add(part) for total, part in zip(d_params, d_own, strict=True)))
+        dx_MD = dx_MD.at[pairs // choices].add(d_rows, mode="drop")
+        return dx_MD, dw_R.at[pairs].add(d_share, mode="drop"), d_params
+
+    dx_MD, dw_R, d_params = jax.lax.fori_loop(0, plan.block_ends_E[-1], body, (dx_MD, dw_R, d_params))
+    return dx_MD, None, dw_R.reshape(weights_MC.shape), d_params
+
+
+grouped.defvjp(grouped_forward, grouped_backward)

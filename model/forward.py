@@ -1,0 +1,155 @@
+"""THE model entry: training, scoring, prefill and decoding all call `forward`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from model.attention import Mask
+from model.cache import Cache, write_positions
+from model.layers import rope_tables
+from model.moe import RouterStats
+from model.transformer import BlockOutput, Context, Stack, Transformer, rematerialised
+from sharding.rules import constrain
+
+
+@struct.dataclass
+class Batch:
+    """Tokens and where they stand.
+
+    tokens_BT: ids. positions_BT: rotary positions, restarting with each document. segments_BT: which document
+    of its row a token belongs to, from 1; 0 is padding: never routed, never counted, never in a cache.
+    With a cache a row holds one document, and padding comes after the tokens.
+    """
+
+    tokens_BT: Int[Array, "B T"]
+    positions_BT: Int[Array, "B T"]
+    segments_BT: Int[Array, "B T"]
+
+
+@struct.dataclass
+class Output:
+    """What a forward pass gives.
+
+    hidden_BTD: after the final norm; `unembed` makes logits of what is needed. cache: the new one, or None.
+    stats: routing per routed layer (leading axis), or None. experts_LMC: the experts chosen (E for padding).
+    """
+
+    hidden_BTD: Float[Array, "B T D"]
+    cache: Cache | None
+    stats: RouterStats | None
+    experts_LMC: Int[Array, "L M C"] | None
+
+
+def continuation(tokens_BT: Array, lengths_B: Array, valid_BT: Array | None = None) -> Batch:
+    """A batch that continues rows of which `lengths` tokens are cached already."""
+    steps = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+    valid = jnp.ones_like(tokens_BT) if valid_BT is None else valid_BT.astype(jnp.int32)
+    return Batch(tokens_BT, lengths_B[:, None] + steps, valid)
+
+
+def forward(model: Transformer, batch: Batch, cache: Cache | None = None, *, replay: Array | None = None) -> Output:
+    """Runs the model on a batch.
+
+    Args:
+        model: the weights.
+        batch: `[B, T]` tokens with their positions and segments.
+        cache: None while training and scoring: tokens attend within their document of the batch. Otherwise
+            tokens are appended to the cache and attend to all of their row.
+        replay: `[L, M, C]` expert choices to use instead of the router's own.
+    """
+    dtype, config = model.dtype, model.config
+    with jax.named_scope("embed"):
+        x_BTD = jnp.take(model.embedding_VD[...], batch.tokens_BT, axis=0).astype(dtype)
+        x_BTD = constrain(x_BTD, "batch", "length", "embed")
+    valid_BT = batch.segments_BT > 0
+    if cache is None:
+        length = batch.tokens_BT.shape[1]
+        index_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), batch.tokens_BT.shape)
+        mask = Mask(index_BT, batch.segments_BT, length)
+    else:
+        mask = Mask(write_positions(cache.lengths_B, batch.segments_BT, cache.capacity), None, cache.capacity)
+    rope = rope_tables(config.rope, config.head_dim, batch.positions_BT, dtype)
+    context = Context(rope, mask, valid_BT, training=cache is None)
+
+    x_BTD, layers = run_stacks(model, x_BTD, context, cache, replay)
+    hidden_BTD = model.norm(x_BTD)
+    if cache is not None:
+        stored = [layer.stored for layer in layers if layer.stored is not None]
+        filled = valid_BT.sum(axis=1, dtype=jnp.int32)
+        cache = Cache(tuple(k for k, _ in stored), tuple(v for _, v in stored), cache.lengths_B + filled)
+    routed = [(layer.stats, layer.experts_MC) for layer in layers if layer.stats is not None]
+    if not routed:
+        return Output(hidden_BTD, cache, None, None)
+    stats, experts = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *part) for part in zip(*routed, strict=True))
+    return Output(hidden_BTD, cache, stats, experts)
+
+
+def run_stacks(
+    model: Transformer, x_BTD: Array, context: Context, cache: Cache | None, replay: Array | None
+) -> tuple[Array, list[BlockOutput]]:
+    """All blocks in order: scanned where a stack repeats and there is no cache, one by one otherwise."""
+    outputs: list[BlockOutput] = []
+    routed = 0
+    for stack in model.stacks:
+        routers = sum(model.config.is_moe(len(outputs) + i) for i in range(len(stack.blocks)))
+        count = routers * stack.repeats
+        own_replay = None if replay is None else replay[routed : routed + count]
+        if stack.repeats > 1 and cache is None:
+            x_BTD, layers = scan_stack(stack, x_BTD, context, model.remat, own_replay)
+        else:
+            x_BTD, layers = unrolled_stack(stack, x_BTD, context, model.remat, cache, len(outputs), own_replay)
+        routed += count
+        outputs += layers
+    return x_BTD, outputs
+
+
+def unrolled_stack(
+    stack: Stack, x_BTD: Array, context: Context, remat: str, cache: Cache | None, first: int, replay: Array | None
+) -> tuple[Array, list[BlockOutput]]:
+    """The blocks of a stack one after the other; `first` is the index of its first layer."""
+    outputs: list[BlockOutput] = []
+    routed = 0
+    step = rematerialised(lambda block, x, stored, replay_MC: block(x, context, stored, replay_MC), remat)
+    for repeat in range(stack.repeats):
+        for position in range(len(stack.blocks)):
+            index = first + len(outputs)
+            stored = None if cache is None else (cache.keys[index], cache.values[index])
+            own = None if replay is None or routed >= replay.shape[0] else replay[routed]
+            x_BTD, output = step(stack.layer(repeat, position), x_BTD, stored, own)
+            routed += output.stats is not None
+            outputs.append(output)
+    return x_BTD, outputs
+
+
+def scan_stack(
+    stack: Stack, x_BTD: Array, context: Context, remat: str, replay: Array | None
+) -> tuple[Array, list[BlockOutput]]:
+    """The repeats of a stack in one `lax.scan`, so that compile time does not grow with depth."""
+    routers = None if replay is None else replay.reshape(stack.repeats, -1, *replay.shape[1:])
+
+    def body(x_BTD: Array, inputs: tuple) -> tuple[Array, list[BlockOutput]]:
+        blocks, own = inputs
+        outputs: list[BlockOutput] = []
+        routed = 0
+        for block in blocks:
+            chosen = None if own is None or routed >= own.shape[0] else own[routed]
+            x_BTD, output = block(x_BTD, context, None, chosen)
+            routed += output.stats is not None
+            outputs.append(output)
+        return x_BTD, outputs
+
+    x_BTD, stacked = jax.lax.scan(rematerialised(body, remat), x_BTD, (list(stack.blocks), routers))
+    return x_BTD, [
+        jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], output)
+        for repeat in range(stack.repeats)
+        for output in stacked
+    ]
+
+
+def unembed(model: Transformer, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """Logits, float32. Call it on few positions, or on chunks: nobody keeps `[B, T, V]`."""
+    head_DV = model.head().astype(hidden.dtype)
+    return jnp.matmul(hidden, head_DV, preferred_element_type=jnp.float32)

@@ -1,0 +1,129 @@
+"""Mixture of experts: route, compute, combine; and what is counted for balance."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jaxtyping import Array, Float, Int
+
+from model.config import ModelConfig, MoEConfig
+from model.experts import Experts, run_experts
+from model.layers import FeedForward, weight
+from sharding.rules import constrain
+
+
+class SelectionBias(nnx.Variable):
+    """Added to scores for choosing only; moved by the train step, never by a gradient (arXiv 2408.15664)."""
+
+
+@struct.dataclass
+class RouterStats:
+    """What balance needs of one layer's routing, summed over the tokens that are not padding.
+
+    counts_E: tokens that chose each expert (sums to C times the tokens).
+    scores_E: sum of each expert's share of a token's scores (sums to the tokens).
+    z: sum of the squared log-partition of the router's logits (ST-MoE, arXiv 2202.08906, equation 5).
+    """
+
+    counts_E: Float[Array, " E"]
+    scores_E: Float[Array, " E"]
+    z: Float[Array, ""]
+
+
+def best_groups(choice_ME: Array, moe: MoEConfig) -> Array:
+    """`choice` with the experts outside the best groups at minus infinity.
+
+    A group's score is the sum of its two best experts (DeepSeek-V3, arXiv 2412.19437).
+    """
+    tokens = choice_ME.shape[0]
+    grouped = choice_ME.reshape(tokens, moe.num_groups, -1)
+    top2, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))
+    _, kept = jax.lax.top_k(top2.sum(-1), moe.groups_per_token)
+    keep = jnp.zeros((tokens, moe.num_groups), bool).at[jnp.arange(tokens)[:, None], kept].set(True)
+    return jnp.where(keep[:, :, None], grouped, -jnp.inf).reshape(choice_ME.shape)
+
+
+def route(
+    logits_ME: Float[Array, "M E"],
+    valid_M: Array,
+    moe: MoEConfig,
+    bias_E: Array | None = None,
+    replay_MC: Int[Array, "M C"] | None = None,
+) -> tuple[Int[Array, "M C"], Float[Array, "M C"], RouterStats]:
+    """Which experts each token goes to, and with what weight; everything in float32.
+
+    Padding is sent to expert E, which does not exist, with weight 0. With `replay` the choice is given
+    (routing replay, arXiv 2507.18071) and only the weights are computed.
+    """
+    logits_ME = logits_ME.astype(jnp.float32)
+    if moe.score == "softmax":
+        scores_ME = jax.nn.softmax(logits_ME, axis=-1)
+        shares_ME = scores_ME
+    else:
+        scores_ME = jax.nn.sigmoid(logits_ME)
+        shares_ME = scores_ME / (scores_ME.sum(-1, keepdims=True) + 1e-20)
+    if replay_MC is None:
+        choice_ME = scores_ME if bias_E is None else scores_ME + bias_E
+        if moe.num_groups > 1:
+            choice_ME = best_groups(choice_ME, moe)
+        _, ids_MC = jax.lax.top_k(jax.lax.stop_gradient(choice_ME), moe.experts_per_token)
+    else:
+        ids_MC = replay_MC
+    weights_MC = jnp.take_along_axis(scores_ME, jnp.minimum(ids_MC, moe.num_experts - 1), axis=-1)
+    if moe.normalize:
+        weights_MC = weights_MC / (weights_MC.sum(-1, keepdims=True) + 1e-20)
+    weights_MC = jnp.where(valid_M[:, None], weights_MC * moe.scale, 0.0)
+    ids_MC = jnp.where(valid_M[:, None], ids_MC, moe.num_experts).astype(jnp.int32)
+    counts_E = jnp.bincount(ids_MC.reshape(-1), length=moe.num_experts).astype(jnp.float32)
+    log_partition_M = jax.nn.logsumexp(logits_ME, axis=-1)
+    stats = RouterStats(
+        counts_E=counts_E,
+        scores_E=jnp.sum(jnp.where(valid_M[:, None], shares_ME, 0.0), axis=0),
+        z=jnp.sum(jnp.where(valid_M, jnp.square(log_partition_M), 0.0)),
+    )
+    return ids_MC, weights_MC, stats
+
+
+class MoE(nnx.Module):
+    """A routed SwiGLU, with an optional shared expert that every token passes through."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        moe, D, layers = config.moe, config.hidden_size, config.num_layers
+        E, F = moe.num_experts, moe.intermediate_size
+        self.router_DE = weight(rngs, (D, E), ("router", None), D)
+        self.gate_EDF = weight(rngs, (E, D, F), ("expert", "embed", "mlp"), D)
+        self.up_EDF = weight(rngs, (E, D, F), ("expert", "embed", "mlp"), D)
+        self.down_EFD = weight(rngs, (E, F, D), ("expert", "mlp", "embed"), F, residual_layers=layers)
+        shared = moe.shared_intermediate_size
+        self.shared = FeedForward(D, shared, layers, rngs) if shared else None
+        self.shared_gate_D = weight(rngs, (D,), ("router",), D) if shared and moe.shared_gate else None
+        self.bias_E = SelectionBias(jnp.zeros(E, jnp.float32), axes=(None,)) if moe.selection_bias else None
+        self.config = moe
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        valid_BT: Array,
+        *,
+        training: bool,
+        replay_MC: Int[Array, "M C"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], RouterStats, Int[Array, "M C"]]:
+        """Output, statistics and the experts chosen (E for padding)."""
+        dtype, shape = x_BTD.dtype, x_BTD.shape
+        x_MD = x_BTD.reshape(-1, shape[-1])
+        with jax.named_scope("route"):
+            logits_ME = x_MD.astype(jnp.float32) @ self.router_DE[...].astype(jnp.float32)
+            bias_E = None if self.bias_E is None else self.bias_E[...]
+            ids_MC, weights_MC, stats = route(logits_ME, valid_BT.reshape(-1), self.config, bias_E, replay_MC)
+        params = Experts(*(w[...].astype(dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD)))
+        with jax.named_scope("experts"):
+            y_MD = run_experts(x_MD, ids_MC, weights_MC.astype(dtype), params, training=training)
+        y_BTD = constrain(y_MD.reshape(shape), "batch", "length", "embed")
+        if self.shared is not None:
+            shared_BTD = self.shared(x_BTD)
+            if self.shared_gate_D is not None:
+                logit_BT = x_BTD @ self.shared_gate_D[...].astype(dtype)
+                shared_BTD = shared_BTD * jax.nn.sigmoid(logit_BT)[..., None]
+            y_BTD = y_BTD + shared_BTD
+        return y_BTD, stats, ids_MC

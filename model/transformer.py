@@ -1,0 +1,164 @@
+"""Blocks and the stack of them. A stack is a pattern of blocks, repeated; a model is a few stacks."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from model.attention import Attention, Mask
+from model.config import ModelConfig
+from model.layers import FeedForward, RMSNorm, weight
+from model.moe import MoE, RouterStats
+from sharding.rules import constrain
+
+Remat = Literal["none", "block", "dots"]
+
+
+class Context(NamedTuple):
+    """What all blocks of one forward pass share."""
+
+    rope: tuple[Array, Array]
+    mask: Mask
+    valid_BT: Array
+    training: bool
+
+
+class BlockOutput(NamedTuple):
+    """What one block gives besides the residual stream; None where it has no cache or no router."""
+
+    stored: tuple[Array, Array] | None
+    stats: RouterStats | None
+    experts_MC: Array | None
+
+
+class Block(nnx.Module):
+    """`x += attention(norm(x)); x += feed_forward(norm(x))`."""
+
+    def __init__(self, config: ModelConfig, layer: int, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, rngs)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        if config.is_moe(layer):
+            self.feed_forward = MoE(config, rngs)
+        else:
+            self.feed_forward = FeedForward(config.hidden_size, config.intermediate_size, config.num_layers, rngs)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        context: Context,
+        stored: tuple[Array, Array] | None = None,
+        replay_MC: Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], BlockOutput]:
+        attended, stored = self.attention(self.attention_norm(x_BTD), context.rope, context.mask, stored)
+        x_BTD = constrain(x_BTD + attended, "batch", "length", "embed")
+        normed = self.feed_forward_norm(x_BTD)
+        if isinstance(self.feed_forward, MoE):
+            out, stats, experts_MC = self.feed_forward(
+                normed, context.valid_BT, training=context.training, replay_MC=replay_MC
+            )
+        else:
+            out, stats, experts_MC = self.feed_forward(normed), None, None
+        return constrain(x_BTD + out, "batch", "length", "embed"), BlockOutput(stored, stats, experts_MC)
+
+
+def stack_plan(config: ModelConfig, stacked: bool) -> list[tuple[tuple[int, ...], int]]:
+    """Stacks as (layers of the pattern, repeats), in order.
+
+    As a list: one pattern of all layers. Stacked: a prefix, then the shortest pattern that repeats to the end
+    (DeepSeek: three dense layers, then 58 routed ones; Qwen3: one pattern of a single layer).
+    """
+    kinds = [config.is_moe(layer) for layer in range(config.num_layers)]
+    if not stacked:
+        return [(tuple(range(config.num_layers)), 1)]
+    best: tuple[int, int] | None = None
+    for prefix in range(config.num_layers):
+        rest = config.num_layers - prefix
+        period = next(
+            p
+            for p in range(1, rest + 1)
+            if rest % p == 0 and all(kinds[i] == kinds[i + p] for i in range(prefix, config.num_layers - p))
+        )
+        if best is None or prefix + period < sum(best):
+            best = (prefix, period)
+    assert best is not None
+    prefix, period = best
+    plan: list[tuple[tuple[int, ...], int]] = []
+    start = 0
+    while start < prefix:
+        run = next((i for i in range(start, prefix) if kinds[i] != kinds[start]), prefix) - start
+        plan.append(((start,), run))
+        start += run
+    return [*plan, (tuple(range(prefix, prefix + period)), (config.num_layers - prefix) // period)]
+
+
+class Stack(nnx.Module):
+    """`repeats` times a pattern of blocks; with more than one repeat every leaf has a leading layer axis."""
+
+    def __init__(self, config: ModelConfig, pattern: tuple[int, ...], repeats: int, key: Array):
+        def block(first: int, repeat: int | Array) -> Block:
+            layer_key = jax.random.fold_in(key, first + repeat * len(pattern))
+            return Block(config, first, nnx.Rngs(layer_key))
+
+        if repeats == 1:
+            blocks = [block(layer, 0) for layer in pattern]
+        else:
+            indices = jnp.arange(repeats)
+            blocks = [jax.vmap(lambda r, layer=layer: block(layer, r))(indices) for layer in pattern]
+        self.blocks = nnx.List(blocks)
+        self.repeats = repeats
+
+    def layer(self, repeat: int, position: int) -> Block:
+        """One block, with its own arrays."""
+        block = self.blocks[position]
+        return block if self.repeats == 1 else jax.tree.map(lambda leaf: leaf[repeat], block)
+
+
+def rematerialised(function, remat: Remat):
+    """`function`, keeping for the backward pass all values, none, or the results of matrix products."""
+    if remat == "none":
+        return function
+    policy = None if remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(function, policy=policy)
+
+
+class Transformer(nnx.Module):
+    """Embedding, stacks of blocks, final norm, output head.
+
+    Args:
+        config: sizes.
+        key: decides the initial weights; the same for both forms.
+        dtype: type of activations; weights are float32.
+        remat: what the backward pass computes again.
+        stacked: one array per pattern position, scanned, instead of one per layer.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        key: Array,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        remat: Remat = "none",
+        stacked: bool = False,
+    ):
+        V, D = config.vocab_size, config.hidden_size
+        rngs = nnx.Rngs(jax.random.fold_in(key, config.num_layers))
+        self.embedding_VD = weight(rngs, (V, D), ("vocab", "embed"), D)
+        self.stacks = nnx.List(
+            [Stack(config, pattern, repeats, key) for pattern, repeats in stack_plan(config, stacked)]
+        )
+        self.norm = RMSNorm(D, config.norm_eps)
+        self.head_DV = None if config.tie_embeddings else weight(rngs, (D, V), ("embed", "vocab"), D)
+        self.config = config
+        self.dtype = dtype
+        self.remat = remat
+        self.stacked = stacked
+
+    def head(self) -> Float[Array, "D V"]:
+        """The output head; the transposed embedding when they are tied."""
+        return self.embedding_VD[...].T if self.head_DV is None else self.head_DV[...]

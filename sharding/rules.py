@@ -1,0 +1,87 @@
+"""Which mesh axis each logical axis lies on. The only tables of their kind; the model names logical axes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sharding.mesh import BATCH_AXES
+
+Table = Mapping[str, str | tuple[str, ...] | None]
+T = TypeVar("T")
+
+TRAIN: Table = {
+    "layers": None,
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "expert": "expert",
+    "router": None,
+}
+"""Weights while training: cut over fsdp too, and gathered layer by layer as they are used."""
+
+DECODE: Table = {**TRAIN, "embed": None}
+"""Weights while decoding: nothing is gathered, so each token reads only what its device holds."""
+
+ACTIVATIONS: Table = {
+    "batch": BATCH_AXES,
+    "length": None,
+    "embed": None,
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "expert": "expert",
+    "slot": ("data", "fsdp"),
+}
+"""Activations, in both. `slot` is a row of an expert's buffer."""
+
+
+def spec(axes: Sequence[str | None], table: Table) -> P:
+    """The partition of an array whose dimensions carry the logical names `axes` (None: not cut).
+
+    Raises:
+        ValueError: a name is not in the table, or two dimensions fall on one mesh axis.
+    """
+    entries = [None if axis is None else table[axis] for axis in axes]
+    used = [name for entry in entries if entry for name in ((entry,) if isinstance(entry, str) else entry)]
+    if len(used) != len(set(used)):
+        raise ValueError(f"two dimensions of {tuple(axes)} fall on one mesh axis: {entries}")
+    return P(*entries)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` laid out on the mesh in force as ACTIVATIONS says; `x` itself where there is no mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, ACTIVATIONS))
+
+
+def variable_spec(variable: nnx.Variable, ndim: int, table: Table) -> P:
+    """The partition of a model variable: its `axes` metadata, after a leading layer axis if it is stacked."""
+    axes = variable.get_metadata().get("axes") or (None,) * ndim
+    return spec(("layers",) * (ndim - len(axes)) + tuple(axes), table)
+
+
+def model_shardings(model: T, mesh: jax.sharding.Mesh, table: Table) -> T:
+    """A tree like `model` (real or abstract) whose variables hold their NamedSharding."""
+
+    def one(variable: nnx.Variable) -> nnx.Variable:
+        return variable.replace(NamedSharding(mesh, variable_spec(variable, len(variable.shape), table)))
+
+    return jax.tree.map(one, model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def batch_sharding(mesh: jax.sharding.Mesh, ndim: int = 2) -> NamedSharding:
+    """How a `[B, ...]` array of a batch is laid out."""
+    return NamedSharding(mesh, P(BATCH_AXES, *(None,) * (ndim - 1)))
