@@ -1,0 +1,70 @@
+"""A model as a flat dictionary of arrays, and back: what optimizer, checkpoint and conversion work on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from model.transformer import Transformer, stack_plan
+
+Arrays = dict[str, jax.Array]
+"""Arrays by path, such as `stacks/0/blocks/3/attention/q_DNH`."""
+
+
+class Skeleton:
+    """What is left of a model without its arrays: its structure, and each array's kind and logical axes.
+
+    Weights (`nnx.Param`) and other state (selection bias) are kept apart: gradients and the optimizer see
+    weights alone.
+    """
+
+    def __init__(self, model: Transformer):
+        """From a model, real or abstract (`jax.eval_shape`)."""
+        self.graphdef, weights, state = nnx.split(model, nnx.Param, ...)
+        self._weights = {"/".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(weights)}
+        self._state = {"/".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
+        self.bias_layers = _bias_layers(model)
+
+    def split(self, model: Transformer) -> tuple[Arrays, Arrays]:
+        """The weights and the other state of `model`, which must have this structure."""
+        _, weights, state = nnx.split(model, nnx.Param, ...)
+        return _values(weights), _values(state)
+
+    def merge(self, weights: Mapping[str, Any], state: Mapping[str, Any]) -> Transformer:
+        """The model with these arrays (or shapes, or shardings) in place."""
+        filled = [
+            nnx.from_flat_state([(path, leaf.replace(values[name])) for name, (path, leaf) in kind.items()])
+            for kind, values in ((self._weights, weights), (self._state, state))
+        ]
+        return nnx.merge(self.graphdef, *filled)
+
+    @property
+    def axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Each array's logical axes; a stacked array has one dimension more in front."""
+        leaves = {**self._weights, **self._state}
+        return {name: tuple(leaf.get_metadata().get("axes") or ()) for name, (_, leaf) in leaves.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Each array's shape."""
+        return {name: tuple(leaf.shape) for name, (_, leaf) in {**self._weights, **self._state}.items()}
+
+
+def _bias_layers(model: Transformer) -> dict[str, list[int]]:
+    """For each selection bias, by path, the routed layers (counted from 0) that its rows belong to."""
+    found: dict[str, list[int]] = {}
+    routed = 0
+    for index, (pattern, repeats) in enumerate(stack_plan(model.config, model.stacked)):
+        positions = [p for p, layer in enumerate(pattern) if model.config.is_moe(layer)]
+        for rank, position in enumerate(positions):
+            path = f"stacks/{index}/blocks/{position}/feed_forward/bias_E"
+            found[path] = [routed + repeat * len(positions) + rank for repeat in range(repeats)]
+        routed += len(positions) * repeats
+    return found if model.config.moe.selection_bias else {}
+
+
+def _values(state: nnx.State) -> Arrays:
+    return {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}

@@ -1,0 +1,178 @@
+"""Losses: pure functions of what `forward` gives, of targets and of weights."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from configs.run import LossConfig
+from model.forward import Batch, forward
+from model.transformer import Transformer
+from sharding.rules import constrain
+
+SMALL_CHUNK, LARGE_CHUNK = 2**24, 2**26
+"""Logits (elements per device) that are worth holding at once; and the most that are ever held."""
+
+
+@struct.dataclass
+class Totals:
+    """Sums over the whole step, which every micro-batch divides by: loss weights and tokens that are not padding."""
+
+    weight: Float[Array, ""]
+    tokens: Float[Array, ""]
+
+
+@struct.dataclass
+class Parts:
+    """What a loss is made of, for the log. Sums over a micro-batch, already divided by the step's totals.
+
+    counts_LE: tokens sent to each expert of each routed layer, in this step so far; `[0, 0]` for dense models.
+    """
+
+    loss: Float[Array, ""]
+    z_loss: Float[Array, ""]
+    balance_loss: Float[Array, ""]
+    router_z_loss: Float[Array, ""]
+    counts_LE: Float[Array, "L E"]
+
+
+def no_parts(model: Transformer) -> Parts:
+    """The sums before the first micro-batch."""
+    layers = model.config.num_moe_layers
+    experts = model.config.moe.num_experts if layers else 0
+    zero = jnp.zeros((), jnp.float32)
+    return Parts(zero, zero, zero, zero, jnp.zeros((layers, experts), jnp.float32))
+
+
+def chunk_length(batch: int, length: int, vocab: int) -> int:
+    """Positions per chunk: a divisor of `length` that keeps a chunk's logits small, a sixteenth of all if large."""
+    devices = max(1, jax.sharding.get_abstract_mesh().size)
+    wanted = min(max(SMALL_CHUNK, batch * length * vocab // devices // 16), LARGE_CHUNK) * devices
+    most = max(1, wanted // (batch * vocab))
+    return max(size for size in range(1, min(most, length) + 1) if length % size == 0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(
+    hidden_BTD: Float[Array, "B T D"],
+    head_DV: Float[Array, "D V"],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
+    z_weight: float,
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    """Weighted sums over tokens of `-log p(target) + z_weight * log(Z)^2`, and of its two terms.
+
+    Works on chunks of positions: no more than a chunk's logits exist at once, and their gradient is made in
+    the forward pass, so that they are never computed twice. Only the first result is differentiable.
+    """
+    return _cross_entropy(hidden_BTD, head_DV, targets_BT, weights_BT, z_weight, gradients=False)[0]
+
+
+def _cross_entropy(hidden_BTD, head_DV, targets_BT, weights_BT, z_weight, *, gradients):
+    batch, length, width = hidden_BTD.shape
+    vocab = head_DV.shape[1]
+    size = chunk_length(batch, length, vocab)
+    chunks = length // size
+    head_DV = head_DV.astype(hidden_BTD.dtype)
+
+    def chunk(carry, inputs):
+        nll, z, d_head = carry
+        x_BtD, targets_Bt, weights_Bt = inputs
+        logits = jnp.matmul(x_BtD, head_DV, preferred_element_type=jnp.float32)
+        logits = constrain(logits, "batch", "length", "vocab")
+        top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+        exponentials = jnp.exp(logits - top)
+        total = exponentials.sum(-1, keepdims=True)
+        log_z = (jnp.log(total) + top)[..., 0]
+        is_target = jnp.arange(vocab) == targets_Bt[..., None]
+        picked = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+        nll += jnp.sum(weights_Bt * (log_z - picked))
+        z += jnp.sum(weights_Bt * jnp.square(log_z))
+        if not gradients:
+            return (nll, z, d_head), None
+        scale = weights_Bt * (1.0 + 2.0 * z_weight * log_z)
+        d_logits = exponentials * (scale[..., None] / total) - jnp.where(is_target, weights_Bt[..., None], 0.0)
+        d_logits = d_logits.astype(x_BtD.dtype)
+        d_head += jnp.einsum("btd,btv->dv", x_BtD, d_logits, preferred_element_type=jnp.float32)
+        return (nll, z, d_head), d_logits @ head_DV.T
+
+    zero = jnp.zeros((), jnp.float32)
+    carry = (zero, zero, jnp.zeros((width, vocab), jnp.float32) if gradients else zero)
+    inputs = (hidden_BTD, targets_BT, weights_BT)
+    if chunks == 1:
+        (nll, z, d_head), d_hidden = chunk(carry, inputs)
+    else:
+        split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(batch, chunks, size, *a.shape[2:]), 1, 0), inputs)
+        (nll, z, d_head), d_hidden = jax.lax.scan(chunk, carry, split)
+        if gradients:
+            d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden_BTD.shape)
+    return (nll + z_weight * z, nll, z), (d_hidden, d_head)
+
+
+def _forward(hidden_BTD, head_DV, targets_BT, weights_BT, z_weight):
+    values, (d_hidden, d_head) = _cross_entropy(
+        hidden_BTD, head_DV, targets_BT, weights_BT, z_weight, gradients=True
+    )
+    return values, (d_hidden, d_head.astype(head_DV.dtype))
+
+
+def _backward(z_weight, saved, cotangents):
+    d_hidden, d_head = saved
+    scale = cotangents[0]
+    return (d_hidden * scale).astype(d_hidden.dtype), (d_head * scale).astype(d_head.dtype), None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def balance_loss(counts_LE: Array, scores_LE: Array, tokens: Array, micro_tokens: Array) -> Array:
+    """`E * sum_i f_i P_i`, mean over layers; 1 times C where the load is even.
+
+    f: share of tokens that chose expert i, from `counts` over the global batch of `tokens` (every data-parallel
+    shard and every micro-batch of this step so far); P: mean score share of this micro-batch. Global-batch
+    balance, arXiv 2501.11873, equation 3.
+    """
+    experts = counts_LE.shape[-1]
+    f_LE = jax.lax.stop_gradient(counts_LE) / tokens
+    p_LE = scores_LE / micro_tokens
+    return experts * jnp.mean(jnp.sum(f_LE * p_LE, axis=-1))
+
+
+def next_token(
+    model: Transformer, rows: dict[str, Array], totals: Totals, before: Parts, config: LossConfig
+) -> tuple[Array, Parts]:
+    """The loss of one micro-batch, and its parts added to those `before` it in the step.
+
+    `rows` are the arrays of a batch, each `[b, T]`: tokens, positions, segments, targets, weights.
+    """
+    output = forward(model, Batch(rows["tokens"], rows["positions"], rows["segments"]))
+    with jax.named_scope("loss"):
+        total, nll, z = cross_entropy(
+            output.hidden_BTD, model.head(), rows["targets"], rows["weights"], config.z_loss
+        )
+    loss = total / totals.weight
+    parts = Parts(nll / totals.weight, z / totals.weight, *3 * (jnp.zeros(()),))
+    parts = parts.replace(counts_LE=jnp.zeros_like(before.counts_LE))
+    if output.stats is not None:
+        tokens = jnp.maximum(jnp.sum(rows["segments"] > 0), 1).astype(jnp.float32)
+        stats = output.stats
+        counts_LE = before.counts_LE + stats.counts_E
+        seen = counts_LE[0].sum() / model.config.moe.experts_per_token
+        share = tokens / totals.tokens
+        balance = balance_loss(counts_LE, stats.scores_E, jnp.maximum(seen, 1), tokens) * share
+        router_z = jnp.mean(stats.z) / totals.tokens
+        loss += config.balance * balance + config.router_z_loss * router_z
+        parts = parts.replace(balance_loss=balance, router_z_loss=router_z, counts_LE=stats.counts_E)
+    return loss, jax.tree.map(jnp.add, before, jax.lax.stop_gradient(parts))
+
+
+def totals(rows: dict[str, Array]) -> Totals:
+    """The step's sums, from the whole batch; never zero."""
+    return Totals(
+        weight=jnp.maximum(jnp.sum(rows["weights"]), 1e-9),
+        tokens=jnp.maximum(jnp.sum(rows["segments"] > 0), 1).astype(jnp.float32),
+    )

@@ -1,0 +1,88 @@
+"""Optimizers and schedules, from optax."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import optax
+
+from configs.run import OptimizerConfig
+from model.tree import Arrays, Skeleton
+
+
+def schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
+    """The learning rate at each step, counted from 0.
+
+    cosine: to `final_fraction` of the peak at the last step. wsd: flat, then linear over the last
+    `decay_fraction` of the steps (MiniCPM, arXiv 2404.06395). constant: flat.
+    """
+    warmup = min(config.warmup_steps, steps)
+    final = peak * config.final_fraction
+    rest = max(steps - warmup, 1)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, config.final_fraction)
+    elif config.schedule == "wsd":
+        decay = max(int(steps * config.decay_fraction), 1)
+        after = optax.join_schedules(
+            [optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)], [max(rest - decay, 0)]
+        )
+    else:
+        after = optax.constant_schedule(peak)
+    # The first update is worth something: step 0 has 1/warmup of the peak, not 0.
+    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup]) if warmup else after
+
+
+def is_matrix(axes: tuple[str | None, ...]) -> bool:
+    """Whether a weight with these logical axes multiplies (and is decayed): no norm, gate vector or bias."""
+    return len(axes) >= 2 and axes not in (("heads", "head_dim"), ("kv_heads", "head_dim"))
+
+
+def muon_dimensions(axes: tuple[str | None, ...], ndim: int) -> optax.contrib.MuonDimensionNumbers | None:
+    """How Muon sees a weight as a matrix: inputs, outputs, and everything before them as a batch.
+
+    None (left to AdamW) for norms and biases, for the embedding and head, and for the router.
+    """
+    if not is_matrix(axes) or "vocab" in axes or "router" in axes:
+        return None
+    dims = [ndim - len(axes) + i for i, axis in enumerate(axes) if axis != "expert"]
+    outputs = 1 if axes[-1] == "embed" else len(dims) - 1
+    return optax.contrib.MuonDimensionNumbers(tuple(dims[:-outputs]), tuple(dims[-outputs:]))
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, skeleton: Skeleton) -> optax.GradientTransformation:
+    """Clipping, then AdamW (arXiv 1711.05101) or Muon (Jordan et al. 2024) with AdamW for what is no matrix."""
+    axes, shapes = skeleton.axes, skeleton.shapes
+
+    def decayed(params: Arrays) -> dict[str, bool]:
+        return {name: not isinstance(leaf, optax.MaskedNode) and is_matrix(axes[name]) for name, leaf in params.items()}
+
+    adamw = optax.adamw(
+        schedule(config, steps, config.learning_rate),
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+        mu_dtype=jnp.dtype(config.moment_dtype),
+        weight_decay=config.weight_decay,
+        mask=decayed,
+    )
+    core = adamw
+    if config.name == "muon":
+        dimensions = {name: muon_dimensions(axes[name], len(shapes[name])) for name in shapes}
+
+        def of_matrices(params: Arrays) -> dict[str, object]:
+            return {name: dimensions[name] or optax.MaskedNode() for name in params}
+
+        muon = optax.chain(
+            optax.contrib.scale_by_muon(
+                beta=config.muon_momentum,
+                mu_dtype=jnp.dtype(config.moment_dtype),
+                weight_dimension_numbers=of_matrices,
+            ),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(schedule(config, steps, config.muon_learning_rate)),
+        )
+        labels = {name: "muon" if dimensions[name] else "adamw" for name in shapes}
+        core = optax.partition(
+            {"muon": muon, "adamw": adamw}, lambda params: {name: labels[name] for name in params}
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), core) if config.clip_norm else core

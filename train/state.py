@@ -1,0 +1,146 @@
+"""What a training run carries from step to step, and how it is made on a mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from configs.run import Run
+from errors import UserError
+from model.transformer import Transformer
+from model.tree import Arrays, Skeleton
+from sharding.rules import TRAIN, spec
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that decides the next step, besides the data.
+
+    params: float32 weights by path. extra: selection biases by path. opt: the optimizer's state. step: steps
+    done. norm_mean: running mean of gradient norms, for the spike guard. bad_steps: steps skipped in a row.
+    skipped: steps skipped in all.
+    """
+
+    params: Arrays
+    extra: Arrays
+    opt: Any
+    step: Int[Array, ""]
+    norm_mean: Float[Array, ""]
+    bad_steps: Int[Array, ""]
+    skipped: Int[Array, ""]
+
+
+def compute_dtype(run: Run) -> jnp.dtype:
+    """The type of activations: as configured, or float32 on a CPU and bfloat16 elsewhere."""
+    if run.dtype != "auto":
+        return jnp.dtype(run.dtype)
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def is_stacked(run: Run) -> bool:
+    """Whether layers are stacked: as configured, or for more than eight layers off the CPU."""
+    if run.layers != "auto":
+        return run.layers == "stacked"
+    return jax.default_backend() != "cpu" and run.model.num_layers > 8
+
+
+def build_model(run: Run, key: Array) -> Transformer:
+    """The model of `run` with initial weights."""
+    return Transformer(run.model, key, dtype=compute_dtype(run), remat=run.remat, stacked=is_stacked(run))
+
+
+def make_skeleton(run: Run) -> Skeleton:
+    """The structure of the model of `run`; allocates nothing."""
+    return Skeleton(jax.eval_shape(lambda: build_model(run, jax.random.key(run.seed))))
+
+
+def initial_state(run: Run, skeleton: Skeleton, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; call it under `jax.jit` or `jax.eval_shape`."""
+    params, extra = skeleton.split(build_model(run, jax.random.key(run.seed)))
+    # One buffer per counter: the state is donated, and a buffer can be given away only once.
+    return TrainState(
+        params,
+        extra,
+        optimizer.init(params),
+        step=jnp.zeros((), jnp.int32),
+        norm_mean=jnp.zeros((), jnp.float32),
+        bad_steps=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+    )
+
+
+def flatten(state: TrainState) -> dict[str, Any]:
+    """The state as one flat dictionary, by path: the form of a checkpoint."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {_name(path): leaf for path, leaf in leaves}
+
+
+def unflatten(template: TrainState, flat: dict[str, Any]) -> TrainState:
+    """The inverse of `flatten`, for a state structured like `template`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: flat[_name(path)], template)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def state_shardings(state: TrainState, skeleton: Skeleton, mesh: jax.sharding.Mesh) -> TrainState:
+    """A tree like `state` of shardings: weights by TRAIN, their moments alike, all else everywhere."""
+    axes = skeleton.axes
+
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = next((part for part in (_part(key) for key in reversed(path)) if part in axes), None)
+        if name is None or leaf.ndim < len(axes[name]):
+            return NamedSharding(mesh, P())
+        stacked = ("layers",) * (leaf.ndim - len(axes[name]))
+        return NamedSharding(mesh, spec(stacked + axes[name], TRAIN))
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def _part(key: Any) -> Any:
+    return getattr(key, "key", getattr(key, "name", getattr(key, "idx", None)))
+
+
+def abstract_state(
+    run: Run, skeleton: Skeleton, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """Shapes, types and shardings of the state; allocates nothing."""
+    shapes = jax.eval_shape(lambda: initial_state(run, skeleton, optimizer))
+    shardings = state_shardings(shapes, skeleton, mesh)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+
+
+def create_state(
+    run: Run, skeleton: Skeleton, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """The state before the first step, each device making its own part."""
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(run, skeleton, optimizer, mesh))
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda: initial_state(run, skeleton, optimizer), out_shardings=shardings)()
+
+
+def with_weights(state: TrainState, weights: Arrays, source: str) -> TrainState:
+    """`state` starting from other weights, laid out as its own.
+
+    Raises:
+        UserError: paths or shapes differ.
+    """
+    own = {name: tuple(leaf.shape) for name, leaf in state.params.items()}
+    given = {name: tuple(leaf.shape) for name, leaf in weights.items()}
+    if own != given:
+        wrong = sorted(set(own.items()) ^ set(given.items()))
+        name, shape = wrong[0]
+        raise UserError(
+            f"the weights of {source} are of another architecture than model: {len({n for n, _ in wrong})} arrays "
+            f"differ, the first is {name} {list(shape)}"
+        )
+    params = {name: jax.device_put(weights[name], leaf.sharding) for name, leaf in state.params.items()}
+    return state.replace(params=params)

@@ -1,0 +1,138 @@
+"""One optimizer step: a pure function of the state and a batch, whatever the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from configs.run import Run
+from model.transformer import Transformer
+from model.tree import Arrays, Skeleton
+from train.losses import Parts, Totals, no_parts, totals
+from train.state import TrainState
+
+Metrics = dict[str, Array]
+Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]
+
+NORM_MEMORY = 0.99
+"""Decay of the running mean of gradient norms that the spike guard compares with."""
+
+GUARD_AFTER = 20
+"""Steps before the spike guard acts, so that the running mean means something."""
+
+
+class Loss(Protocol):
+    """The loss of one micro-batch, given the step's totals and the parts of the micro-batches before."""
+
+    def __call__(
+        self, model: Transformer, rows: dict[str, Array], totals: Totals, before: Parts, /
+    ) -> tuple[Array, Parts]: ...
+
+
+def make_train_step(run: Run, skeleton: Skeleton, loss: Loss, optimizer: optax.GradientTransformation) -> Step:
+    """The step of `run`; to be compiled once, with the state donated."""
+
+    def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
+        gradients, parts = accumulate(run.accumulate, skeleton, loss, state, batch)
+        with jax.named_scope("optimizer"):
+            norm = optax.global_norm(gradients)
+            good = jnp.isfinite(norm) & jnp.isfinite(parts.loss)
+            if run.spike_factor:
+                good &= (state.step < GUARD_AFTER) | (norm <= run.spike_factor * state.norm_mean)
+            updates, opt = optimizer.update(gradients, state.opt, state.params)
+            params = optax.apply_updates(state.params, updates)
+
+        def if_good(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+
+        counts_LE = parts.counts_LE
+        extra = update_bias(state.extra, counts_LE, run, skeleton)
+        mean = jnp.where(state.step == 0, norm, NORM_MEMORY * state.norm_mean + (1 - NORM_MEMORY) * norm)
+        skipped = (~good).astype(jnp.int32)
+        new = TrainState(
+            params=if_good(params, state.params),
+            extra=if_good(extra, state.extra),
+            opt=if_good(opt, state.opt),
+            step=state.step + 1,
+            norm_mean=if_good(mean, state.norm_mean),
+            bad_steps=(state.bad_steps + 1) * skipped,
+            skipped=state.skipped + skipped,
+        )
+        metrics: Metrics = {
+            "loss": parts.loss,
+            "z_loss": parts.z_loss,
+            "gradient_norm": norm,
+            "parameter_norm": optax.global_norm(new.params),
+            "update_norm": optax.global_norm(updates),
+            "skipped": skipped,
+            "bad_steps": new.bad_steps,
+        }
+        if counts_LE.size:
+            load_LE = counts_LE / jnp.maximum(counts_LE.mean(axis=-1, keepdims=True), 1e-9)
+            metrics |= {"balance_loss": parts.balance_loss, "router_z_loss": parts.router_z_loss}
+            metrics |= {"expert_load": load_LE, "expert_load_max_over_mean": load_LE.max()}
+        return new, metrics
+
+    return step
+
+
+def accumulate(
+    count: int, skeleton: Skeleton, loss: Loss, state: TrainState, batch: dict[str, Array]
+) -> tuple[Arrays, Parts]:
+    """Gradients and parts of the loss, summed over `count` micro-batches.
+
+    Every micro-batch divides by the totals of the whole step, so that the sum is the gradient of the whole
+    batch whatever its parts weigh.
+    """
+    sums = totals(batch)
+
+    def of(params: Arrays, rows: dict[str, Array], before: Parts) -> tuple[Array, Parts]:
+        return loss(skeleton.merge(params, state.extra), rows, sums, before)
+
+    gradient = jax.grad(of, has_aux=True)
+    before = jax.eval_shape(lambda: no_parts(skeleton.merge(state.params, state.extra)))
+    before = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), before)
+    if count == 1:
+        return gradient(state.params, batch, before)
+
+    # Row r goes to micro-batch r % count, so that each device keeps its own rows.
+    micro = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, count, *a.shape[1:]), 1, 0), batch)
+
+    def body(carry: tuple[Arrays, Parts], rows: dict[str, Array]) -> tuple[tuple[Arrays, Parts], None]:
+        sum_of, before = carry
+        part, after = gradient(state.params, rows, before)
+        return (jax.tree.map(jnp.add, sum_of, part), after), None
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    (gradients, parts), _ = jax.lax.scan(body, (zeros, before), micro)
+    return gradients, parts
+
+
+def update_bias(extra: Arrays, counts_LE: Array, run: Run, skeleton: Skeleton) -> Arrays:
+    """Selection biases, each moved by a fixed amount towards even load (arXiv 2408.15664, algorithm 1)."""
+    rate = run.loss.bias_update_rate
+    if not rate or not extra:
+        return extra
+    direction_LE = jnp.sign(counts_LE.mean(axis=-1, keepdims=True) - counts_LE)
+    moved: Arrays = {}
+    for name, layers in skeleton.bias_layers.items():
+        change = direction_LE[jnp.asarray(layers)].reshape(extra[name].shape)
+        moved[name] = extra[name] + rate * change
+    return {**extra, **moved}
+
+
+def make_validation_step(skeleton: Skeleton, loss: Loss) -> Callable[[TrainState, dict[str, Array]], Array]:
+    """`(state, batch) -> [sum of weighted losses in nats, sum of weights]`."""
+
+    def step(state: TrainState, batch: dict[str, Array]) -> Array:
+        model = skeleton.merge(state.params, state.extra)
+        sums = totals(batch)
+        _, parts = loss(model, batch, sums, no_parts(model))
+        return jnp.stack([parts.loss * sums.weight, sums.weight])
+
+    return step
