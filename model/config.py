@@ -6,8 +6,8 @@ Imports no jax, so that a bad argument is refused in milliseconds.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from errors import UserError
 
@@ -145,6 +145,25 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"model.head_dim={self.head_dim} must be even for rotary positions")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str) -> ModelConfig:
+        """The config whose fields `values` names, as `dataclasses.asdict` (or JSON) gives them.
+
+        Raises:
+            UserError: an unknown field; `where` says which file it stands in.
+        """
+        parts = {"moe": MoEConfig, "rope": RopeConfig}
+
+        def build(kind: type[Any], given: dict[str, Any]) -> Any:
+            known = {f.name for f in fields(kind)}
+            for name in given:
+                if name not in known:
+                    raise UserError(f"{where} has the unknown field {name!r} of {kind.__name__}")
+            made = {name: build(parts[name], v) if name in parts else v for name, v in given.items()}
+            return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in made.items()})
+
+        return build(cls, values)
 
     # ---- layers -----------------------------------------------------------
     def is_moe(self, layer: int) -> bool:

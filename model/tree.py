@@ -8,10 +8,11 @@ from typing import Any
 import jax
 from flax import nnx
 
+from model.config import ModelConfig
 from model.transformer import Transformer, stack_plan
 
 Arrays = dict[str, jax.Array]
-"""Arrays by path, such as `stacks/0/blocks/3/attention/q_DNH`."""
+"""Arrays by path, such as `stacks.0.blocks.3.attention.q_DNH`."""
 
 
 class Skeleton:
@@ -24,8 +25,8 @@ class Skeleton:
     def __init__(self, model: Transformer):
         """From a model, real or abstract (`jax.eval_shape`)."""
         self.graphdef, weights, state = nnx.split(model, nnx.Param, ...)
-        self._weights = {"/".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(weights)}
-        self._state = {"/".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
+        self._weights = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(weights)}
+        self._state = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
         self.bias_layers = _bias_layers(model)
 
     def split(self, model: Transformer) -> tuple[Arrays, Arrays]:
@@ -42,6 +43,11 @@ class Skeleton:
         return nnx.merge(self.graphdef, *filled)
 
     @property
+    def weights(self) -> set[str]:
+        """Paths of the weights, without the other state."""
+        return set(self._weights)
+
+    @property
     def axes(self) -> dict[str, tuple[str | None, ...]]:
         """Each array's logical axes; a stacked array has one dimension more in front."""
         leaves = {**self._weights, **self._state}
@@ -53,6 +59,23 @@ class Skeleton:
         return {name: tuple(leaf.shape) for name, (_, leaf) in {**self._weights, **self._state}.items()}
 
 
+def unstack(arrays: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """Arrays of the stacked form under the paths of the list form, one per layer, on the same devices."""
+    flat: dict[str, Any] = {}
+    plan = stack_plan(config, stacked=True)
+    for name, leaf in arrays.items():
+        kind, *rest = name.split(".")
+        if kind != "stacks":
+            flat[name] = leaf
+            continue
+        index, _, position, *path = rest
+        pattern, repeats = plan[int(index)]
+        for repeat in range(repeats):
+            layer = pattern[int(position)] + repeat * len(pattern)
+            flat[".".join(["stacks.0.blocks", str(layer), *path])] = leaf if repeats == 1 else leaf[repeat]
+    return flat
+
+
 def _bias_layers(model: Transformer) -> dict[str, list[int]]:
     """For each selection bias, by path, the routed layers (counted from 0) that its rows belong to."""
     found: dict[str, list[int]] = {}
@@ -60,11 +83,11 @@ def _bias_layers(model: Transformer) -> dict[str, list[int]]:
     for index, (pattern, repeats) in enumerate(stack_plan(model.config, model.stacked)):
         positions = [p for p, layer in enumerate(pattern) if model.config.is_moe(layer)]
         for rank, position in enumerate(positions):
-            path = f"stacks/{index}/blocks/{position}/feed_forward/bias_E"
+            path = f"stacks.{index}.blocks.{position}.feed_forward.bias_E"
             found[path] = [routed + repeat * len(positions) + rank for repeat in range(repeats)]
         routed += len(positions) * repeats
     return found if model.config.moe.selection_bias else {}
 
 
 def _values(state: nnx.State) -> Arrays:
-    return {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}

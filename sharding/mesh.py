@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,3 +77,16 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> ja
         axis_types=(AxisType.Auto,) * len(AXES),
         devices=devices[: config.num_devices],
     )
+
+
+def join_hosts() -> None:
+    """Joins the other processes of a run over several hosts; does nothing where this process is alone.
+
+    Cloud TPU VMs tell each other by TPU_WORKER_HOSTNAMES; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+    and JAX_PROCESS_ID do. Call it before anything asks for devices.
+    """
+    import jax
+
+    workers = [name for name in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
+    if os.environ.get("JAX_COORDINATOR_ADDRESS") or len(workers) > 1:
+        jax.distributed.initialize()

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
 
 import jax
-from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sharding.mesh import BATCH_AXES
 
 Table = Mapping[str, str | tuple[str, ...] | None]
-T = TypeVar("T")
 
 TRAIN: Table = {
     "layers": None,
@@ -67,19 +64,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, ACTIVATIONS))
 
 
-def variable_spec(variable: nnx.Variable, ndim: int, table: Table) -> P:
-    """The partition of a model variable: its `axes` metadata, after a leading layer axis if it is stacked."""
-    axes = variable.get_metadata().get("axes") or (None,) * ndim
-    return spec(("layers",) * (ndim - len(axes)) + tuple(axes), table)
-
-
-def model_shardings(model: T, mesh: jax.sharding.Mesh, table: Table) -> T:
-    """A tree like `model` (real or abstract) whose variables hold their NamedSharding."""
-
-    def one(variable: nnx.Variable) -> nnx.Variable:
-        return variable.replace(NamedSharding(mesh, variable_spec(variable, len(variable.shape), table)))
-
-    return jax.tree.map(one, model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+def array_sharding(
+    axes: Sequence[str | None], ndim: int, mesh: jax.sharding.Mesh, table: Table
+) -> NamedSharding:
+    """How a weight of `ndim` dimensions with logical `axes` lies on `mesh`; a stacked one has one dimension more."""
+    return NamedSharding(mesh, spec(("layers",) * (ndim - len(axes)) + tuple(axes), table))
 
 
 def batch_sharding(mesh: jax.sharding.Mesh, ndim: int = 2) -> NamedSharding:

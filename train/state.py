@@ -16,7 +16,8 @@ from configs.run import Run
 from errors import UserError
 from model.transformer import Transformer
 from model.tree import Arrays, Skeleton
-from sharding.rules import TRAIN, spec
+from sharding.rules import TRAIN, array_sharding
+from sharding.runtime import default_dtype
 
 
 @struct.dataclass
@@ -38,10 +39,8 @@ class TrainState:
 
 
 def compute_dtype(run: Run) -> jnp.dtype:
-    """The type of activations: as configured, or float32 on a CPU and bfloat16 elsewhere."""
-    if run.dtype != "auto":
-        return jnp.dtype(run.dtype)
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    """The type of activations: as configured, or what suits the first device."""
+    return jnp.dtype(default_dtype(jax.devices()[0]) if run.dtype == "auto" else run.dtype)
 
 
 def is_stacked(run: Run) -> bool:
@@ -99,8 +98,7 @@ def state_shardings(state: TrainState, skeleton: Skeleton, mesh: jax.sharding.Me
         name = next((part for part in (_part(key) for key in reversed(path)) if part in axes), None)
         if name is None or leaf.ndim < len(axes[name]):
             return NamedSharding(mesh, P())
-        stacked = ("layers",) * (leaf.ndim - len(axes[name]))
-        return NamedSharding(mesh, spec(stacked + axes[name], TRAIN))
+        return array_sharding(axes[name], leaf.ndim, mesh, TRAIN)
 
     return jax.tree_util.tree_map_with_path(one, state)
 

@@ -1,0 +1,150 @@
+"""Load, next batch, step, log, validate, save."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from errors import UserError
+from train.metrics import MetricsLog, Throughput, memory_in_use, peak_flops
+from train.optimizer import schedule
+from train.progress import TrainProgress
+from train.setup import Job, say
+from train.signals import StopRequest, stop_on_signal
+from train.state import TrainState, flatten
+
+
+@dataclass
+class Pending:
+    """A step whose metrics are still on the device."""
+
+    step: int
+    tokens: int
+    metrics: dict[str, jax.Array]
+    more: dict[str, Any]
+
+
+class Recorder:
+    """Writes each step's record once, a step late, so that the devices never wait for the log."""
+
+    def __init__(self, job: Job, log: MetricsLog, bar: TrainProgress, clock: Throughput) -> None:
+        self.job, self.log, self.bar, self.clock = job, log, bar, clock
+        run = job.run
+        self.rate = schedule(run.optimizer, run.steps, run.optimizer.learning_rate)
+        self.flops_per_token = 3 * run.model.flops_per_token(run.data.sequence_length / 2)
+        self.peak = peak_flops(job.mesh.devices.flat[0], job.skeleton_dtype) * job.mesh.size
+        self.pending: Pending | None = None
+        self.first: dict[str, Any] = {}
+        self.last: dict[str, Any] = {}
+
+    def push(self, pending: Pending) -> None:
+        """Takes a new step; reads and writes the one before."""
+        self.flush()
+        self.pending = pending
+
+    def flush(self) -> None:
+        """Writes the step that is still pending. Raises UserError after too many bad steps in a row."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        values = {name: np.asarray(value) for name, value in jax.device_get(pending.metrics).items()}
+        rate = self.clock.step(pending.tokens)
+        record: dict[str, Any] = {name: value.tolist() for name, value in values.items()}
+        bad = record.pop("bad_steps")
+        record |= {
+            "learning_rate": float(self.rate(pending.step - 1)),
+            "tokens": pending.tokens,
+            "tokens_per_second": rate,
+            "mfu": rate * self.flops_per_token / self.peak if rate and self.peak else None,
+            "memory_bytes": memory_in_use(),
+            **pending.more,
+        }
+        self.first = self.first or record
+        self.last = record
+        if pending.step % self.job.run.log_every == 0 or pending.more:
+            self.log.log(pending.step, record)
+        self.bar.update(pending.step, loss=record["loss"], tokens_per_second=rate)
+        if bad >= self.job.run.max_bad_steps:
+            raise UserError(
+                f"{bad} steps in a row had a loss or gradient that is not finite or a spike and were skipped; "
+                f"the run stopped at step {pending.step} with its weights as they were before them: lower "
+                "optimizer.learning_rate, or look at the data"
+            )
+
+
+def validate(job: Job, step: Any, state: TrainState) -> dict[str, float]:
+    """Mean loss (nats per token) and bits per byte of the held-out text; empty where there is none."""
+    sums = np.zeros(2)
+    for rows in job.data.validation_batches(
+        job.run.validation_batches, jax.process_index(), jax.process_count()
+    ):
+        sums += np.asarray(jax.device_get(step(state, job.place(rows))), np.float64)
+    if not sums[1]:
+        return {}
+    source_bytes = job.data.validation_bytes(job.run.validation_batches)
+    bits = sums[0] / math.log(2) / source_bytes if source_bytes else math.nan
+    return {"validation_loss": sums[0] / sums[1], "bits_per_byte": bits}
+
+
+def train(job: Job, *, resume: bool) -> dict[str, Any]:
+    """Runs `job` to its last step, or until it is asked to stop; returns what the last record says."""
+    run = job.run
+    start = job.checkpoints.latest_good(say) if resume else None
+    if resume:
+        say(f"resuming {job.out} at step {start}" if start else f"nothing to resume in {job.out}: starting afresh")
+    with jax.set_mesh(job.mesh):
+        state = job.start() if start is None else job.restore(start)
+        clock = Throughput()
+        with (
+            MetricsLog(job.out, resume_step=start) as log,
+            TrainProgress(run.steps, start or 0, run.objective) as bar,
+            stop_on_signal() as stop,
+        ):
+            recorder = Recorder(job, log, bar, clock)
+            try:
+                done = run_steps(job, state, start or 0, recorder, stop)
+            finally:
+                job.data.close()
+        job.checkpoints.close()
+    if stop.reason:
+        say(f"stopped by {stop.reason} at step {done} of {run.steps}; it is saved: go on with --resume")
+    return {"step": done, "first": recorder.first, "last": recorder.last, "stopped": stop.reason}
+
+
+def run_steps(job: Job, state: TrainState, start: int, recorder: Recorder, stop: StopRequest) -> int:
+    """The steps from `start` on; returns the number of steps done."""
+    run = job.run
+    step_function, validation = job.compiled_step(), job.compiled_validation()
+    batches = job.data.train_batches(start, jax.process_index(), jax.process_count())
+    done = start
+    for done in range(start + 1, run.steps + 1):
+        rows = next(batches)
+        tokens = int(np.count_nonzero(rows["segments"])) * jax.process_count()
+        batch = job.place(rows)
+        with jax.transfer_guard("disallow"):
+            state, metrics = step_function(state, batch)
+        recorder.push(Pending(done, tokens, metrics, {}))
+        last = done == run.steps
+        more: dict[str, float] = {}
+        if last or (run.validate_every and done % run.validate_every == 0):
+            with recorder.clock.pause():
+                more = validate(job, validation, state)
+            assert recorder.pending is not None
+            recorder.pending.more |= more
+        if last or stop.reason or done % run.checkpoint.every == 0:
+            recorder.flush()
+            with recorder.clock.pause():
+                save(job, state, done, more.get("validation_loss"))
+        if stop.reason:
+            break
+        job.checkpoints.check()
+    return done
+
+
+def save(job: Job, state: TrainState, step: int, validation_loss: float | None) -> None:
+    """Starts a checkpoint; the step's record is in the log already."""
+    job.checkpoints.save(step, flatten(state), meta={"steps": job.run.steps}, validation_loss=validation_loss)

@@ -1,0 +1,80 @@
+"""`qmax train CONFIG`: resolve the config, build the job, run it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from configs.override import apply_overrides, config_docstring, describe, find_config, load_config
+from configs.run import Run
+from errors import UserError
+from sharding.mesh import join_hosts
+from sharding.runtime import configure_jax, emulate_devices
+
+USAGE = """usage: qmax train CONFIG [--FIELD VALUE ...] [--resume] [--json FILE]
+
+Trains the model that CONFIG describes: a Python file with a function run() that returns a Run, or the
+name of one in configs/. Any field can be given another value:
+
+  qmax train configs/tiny.py --steps 200 --optimizer.learning-rate 1e-3 --out runs/first
+  qmax train configs/tiny.py --mesh.fsdp 4 --mesh.tensor 2          on eight devices
+  qmax train configs/tiny.py --out runs/first --resume              goes on where it stopped
+
+  --resume     continue from the newest good checkpoint in --out; starts afresh when there is none
+  --json FILE  write the last step's metrics there
+
+`qmax train CONFIG --help` lists every field with its value and meaning."""
+
+
+def take(argv: list[str], flag: str, *, value: bool) -> str | bool | None:
+    """Removes `flag` from `argv`; returns its value, or whether it was there."""
+    for index, word in enumerate(argv):
+        if word == flag or word.startswith(flag + "="):
+            if not value:
+                del argv[index]
+                return True
+            if "=" in word:
+                del argv[index]
+                return word.split("=", 1)[1]
+            if index + 1 == len(argv):
+                raise UserError(f"{flag} needs a value")
+            found = argv[index + 1]
+            del argv[index : index + 2]
+            return found
+    return None if value else False
+
+
+def train_main(argv: list[str]) -> int:
+    """The verb. Returns the exit code."""
+    words = list(argv)
+    if not words or words[0].startswith("-"):
+        asked = bool({"-h", "--help"} & set(words))
+        print(USAGE, file=sys.stdout if asked else sys.stderr)
+        if asked:
+            return 0
+        raise UserError("name a config, such as configs/tiny.py")
+    name = words.pop(0)
+    if {"-h", "--help"} & set(words):
+        print(f"{USAGE}\n\n{config_docstring(find_config(name))}\n\n{describe(load_config(name))}")
+        return 0
+    resume = bool(take(words, "--resume", value=False))
+    json_file = take(words, "--json", value=True)
+    run = apply_overrides(load_config(name), words)
+    out = Path(run.out or Path("runs") / Path(name).stem)
+    result = train_run(run, out, resume=resume)
+    if isinstance(json_file, str):
+        from terminal import write_json
+
+        write_json(json_file, result)
+    return 0
+
+
+def train_run(run: Run, out: Path, *, resume: bool) -> dict[str, object]:
+    """Trains `run` into the directory `out`; returns the first and last records."""
+    emulate_devices(run.mesh.num_devices)
+    configure_jax()
+    join_hosts()
+    from train.loop import train
+    from train.setup import prepare_job
+
+    return train(prepare_job(run, out, resume=resume), resume=resume)
