@@ -1,0 +1,34 @@
+"""Eight emulated CPU devices and a shared compilation cache for every test; set before anything imports jax."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICES = 8
+
+assert "jax" not in sys.modules, "jax was imported before the tests could choose its devices"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# The processes of pytest-xdist and the next run find what one of them has compiled. Subprocesses inherit it.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+# The live matrix needs transformers and torch, which only its own environment has.
+collect_ignore = [] if os.environ.get("QMAX_PARITY") == "1" else ["parity"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves out tests marked `full` unless QMAX_FULL=1."""
+    if os.environ.get("QMAX_FULL") == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("full"):
+            item.add_marker(pytest.mark.skip(reason="part of ./run.sh test --full"))
