@@ -8,12 +8,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import random
-import signal
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -117,14 +112,17 @@ def test_restored_arrays_may_be_donated(box: Checkpoints) -> None:
 def test_saving_compiles_nothing(box: Checkpoints) -> None:
     state = make_state(0)
     compiled: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
-    )
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         box.save(0, state, meta={})
         box.wait()
     finally:
-        jax.monitoring.clear_event_listeners()
+        jax.monitoring.unregister_event_duration_listener(listen)
     assert compiled == []
 
 
@@ -142,11 +140,12 @@ def test_restores_onto_another_mesh_bit_for_bit(box: Checkpoints) -> None:
     placed = jax.tree.map(lambda x: jax.device_put(x, before(x)), state)
     box.save(3, placed, meta={})
     box.wait()
-    for target in (after, lambda x: SingleDeviceSharding(jax.devices()[5])):
-        template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=target(x)), state)
+    one = SingleDeviceSharding(jax.devices()[5])
+    for shardings in (jax.tree.map(after, state), jax.tree.map(lambda x: one, state)):
+        template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
         restored = box.restore(3, template)
         assert leaf_hashes(restored) == leaf_hashes(state)
-        assert all(x.sharding == target(x) for x in jax.tree.leaves(restored))
+        assert jax.tree.map(lambda x: x.sharding, restored) == shardings
 
 
 def test_a_part_of_the_state_can_be_read_alone(box: Checkpoints) -> None:
@@ -171,7 +170,8 @@ def test_another_architecture_is_refused_in_one_sentence(box: Checkpoints) -> No
     with pytest.raises(CheckpointError) as caught:
         box.restore(1, template)
     sentence = str(caught.value)
-    assert "4 arrays differ" in sentence and "another architecture" in sentence and "\n" not in sentence
+    assert "is of another architecture or optimizer: 4 arrays differ (it has 7, this run asks for 7)" in sentence
+    assert "\n" not in sentence
     assert "counters/empty is float32[0, 4] there and missing here" in sentence
     assert "parameters/gate is missing there and float32[2] here" in sentence
     assert sentence.count(" there and ") == 3
@@ -195,7 +195,9 @@ def test_every_file_counts(box: Checkpoints) -> None:
                 path.write_bytes(damage)
             said: list[str] = []
             assert Checkpoints(box.directory, keep=2).latest_good(said.append) == 10, (path, damage)
-            assert len(said) == 1 and said[0].startswith("checkpoint 20 in ") and path.name in said[0], said
+            [sentence] = said
+            assert sentence.startswith("checkpoint 20 in ")
+            assert path.name in sentence
             with pytest.raises(CheckpointError, match="checkpoint 20"):
                 Checkpoints(box.directory, keep=2).restore(20, abstract(make_state(20)))
             path.write_bytes(whole)
@@ -228,7 +230,8 @@ def test_keeps_the_newest_and_the_best(box: Checkpoints) -> None:
     assert box.best() == 20
     assert json.loads((box.path(60) / manifest.NAME).read_text())["validation_loss"] == 1.5
     box.clear()
-    assert box.steps() == [] and box.latest_good() is None
+    assert box.steps() == []
+    assert box.latest_good() is None
 
 
 def test_the_restored_checkpoint_outlives_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +247,7 @@ def test_the_restored_checkpoint_outlives_a_failed_save(tmp_path: Path, monkeypa
         box.save(20, make_state(20), meta={})
         with pytest.raises(CheckpointError, match="step 10; free some space") as caught:
             box.wait()
-    assert "disk is full" in str(caught.value) and isinstance(caught.value, UserError)
+    assert "disk is full" in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"10", ".lock"}
     box.check()  # said once
     box.save(20, make_state(20), meta={})
@@ -276,7 +279,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(
     box = Checkpoints(small_disk / "checkpoints", keep=1)
     box.save(1, make_state(1, size=256), meta={})  # 0.7 MB
     box.wait()
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError) as caught:  # noqa: PT012 - which of the two raises is the difference
         box.save(2, make_state(2, size=1024), meta={})  # 10 MB
         assert not foreseen
         box.wait()
@@ -337,102 +340,9 @@ def test_what_is_no_checkpoint_is_refused_or_ignored(box: Checkpoints, tmp_path:
         box.save(1, make_state(1), meta={"loss": float("inf")})
     with pytest.raises(CheckpointError, match="it has no manifest"):
         box.restore(1, abstract(make_state(1)))
-    assert box.latest_good(pytest.fail) is None and not box.directory.exists()
+    assert box.latest_good(pytest.fail) is None
+    assert not box.directory.exists()
     (box.directory / "notes").mkdir(parents=True)
     (box.directory / ".tmp-7" / "state").mkdir(parents=True)
     assert box.latest_good(pytest.fail) is None
     assert sorted(path.name for path in box.directory.iterdir()) == [".lock", "notes"]
-
-
-KILLED = """
-import sys
-sys.path[:0] = [{root!r}, {tests!r}]
-from test_checkpoint import make_state
-from train.checkpoint import Checkpoints
-checkpoints = Checkpoints({directory!r}, keep=2)
-step = checkpoints.latest_good(lambda sentence: sys.exit("damaged: " + sentence)) or 0
-while True:
-    step += 1
-    checkpoints.save(step, make_state(step, size=192), meta={{}}, validation_loss=float(step % 5))
-    print(step, flush=True)
-"""
-
-
-def test_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path: Path) -> None:
-    directory = tmp_path / "checkpoints"
-    code = KILLED.format(root=str(ROOT), tests=str(ROOT / "tests"), directory=str(directory))
-    moments = random.Random(11)
-    torn = reached = 0
-    for _ in range(5):
-        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout is not None
-            for _ in range(3):
-                child.stdout.readline()
-            time.sleep(moments.uniform(0.0, 0.3))
-            child.send_signal(signal.SIGKILL)
-            said = child.stdout.read().split()
-        torn += any(path.name.startswith(".tmp-") for path in directory.iterdir())
-        checkpoints = Checkpoints(directory, keep=2)
-        step = checkpoints.latest_good(pytest.fail)
-        assert step is not None and step > reached, "each life goes on from the one before"
-        assert not said or step >= int(said[-1]) - 1, "only the save under way may be lost"
-        state = make_state(step, size=192)
-        assert leaf_hashes(checkpoints.restore(step, abstract(state))) == leaf_hashes(state)
-        reached = step
-    assert torn, "no kill fell into a save: the test shows nothing"
-
-
-TWO = """
-import sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import jax, jax.numpy as jnp, numpy as np
-jax.distributed.initialize({address!r}, 2, int(sys.argv[1]))
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from train.checkpoint import CheckpointError, Checkpoints
-mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(AxisType.Auto,))
-rows, whole = NamedSharding(mesh, PartitionSpec("fsdp")), NamedSharding(mesh, PartitionSpec())
-def make(step):
-    value = np.arange(64 * 8, dtype=np.float32).reshape(64, 8) + step
-    return {{"w": jax.make_array_from_callback(value.shape, rows, lambda i: value[i]),
-             "n": jax.make_array_from_callback((3,), whole, lambda i: value[0, :3][i])}}
-box = Checkpoints({directory!r}, keep=1)
-for step in (1, 2, 3):
-    box.save(step, make(step), meta={{}})
-box.wait()
-assert box.steps() == [3], box.steps()
-assert box.latest_good() == 3
-template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make(3))
-restored = box.restore(3, template)
-for name, leaf in make(3).items():
-    for mine, theirs in zip(leaf.addressable_shards, restored[name].addressable_shards):
-        assert np.array_equal(mine.data, theirs.data)
-print("done")
-"""
-
-
-def test_two_processes_write_one_checkpoint(tmp_path: Path) -> None:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    directory = tmp_path / "checkpoints"
-    code = TWO.format(root=str(ROOT), tests=str(ROOT / "tests"), directory=str(directory), address=address)
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(index)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for index in range(2)
-    ]
-    for child in children:
-        out, err = child.communicate(timeout=60)
-        assert out.endswith("done\n"), err[-2000:]
-    # A run of two processes goes on in one.
-    template = {"w": jax.ShapeDtypeStruct((64, 8), jnp.float32), "n": jax.ShapeDtypeStruct((3,), jnp.float32)}
-    restored = Checkpoints(directory, keep=1).restore(3, template)
-    assert np.array_equal(restored["w"], np.arange(512, dtype=np.float32).reshape(64, 8) + 3)
