@@ -1,0 +1,65 @@
+"""Law: the embedded data is what its README says, small, clean, and held out where it says so."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from functools import cache
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from model.chat_template import check_messages
+
+FOLDER = ROOT / "configs" / "demo_data"
+NAMES = sorted(path.name for path in FOLDER.glob("*.jsonl.gz"))
+
+
+@cache
+def content(name: str) -> bytes:
+    return gzip.decompress((FOLDER / name).read_bytes())
+
+
+@cache
+def rows(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in content(name).decode("utf-8").splitlines()]
+
+
+def test_the_folder_is_small() -> None:
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 3_500_000
+    assert 6e6 < sum(len(content(name)) for name in NAMES) < 8e6
+
+
+def test_the_readme_lists_every_file_with_its_size() -> None:
+    table = re.findall(r"^\| `(\S+)` \| ([\d,]+) \| ([\d,]+) \|", (FOLDER / "README.md").read_text(), re.MULTILINE)
+    listed = {name: (int(count.replace(",", "")), int(size.replace(",", ""))) for name, count, size in table}
+    assert listed == {name: (len(rows(name)), len(content(name))) for name in NAMES}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("sft_")])
+def test_documents_are_text(name: str) -> None:
+    for row in rows(name):
+        assert list(row) == ["text"]
+        assert row["text"].strip()
+        assert len(row["text"].encode()) <= 64 << 10
+
+
+def test_held_out_documents_are_nowhere_else() -> None:
+    held = {row["text"] for row in rows("heldout.jsonl.gz")}
+    assert len(held) == len(rows("heldout.jsonl.gz"))
+    for name in NAMES:
+        if name.startswith("pretrain_"):
+            assert not held & {row["text"] for row in rows(name)}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("sft_")])
+def test_conversations_are_short_and_take_turns(name: str) -> None:
+    for row in rows(name):
+        messages = check_messages(row["messages"])
+        roles = [message["role"] for message in messages if message["role"] != "system"]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        for message in messages:
+            assert 0 < len(message["content"].split()) <= 61
+            assert len(message["content"]) <= 480

@@ -1,0 +1,103 @@
+"""`qmax tokenizer`: trains a vocabulary on files of text and says how well it fits them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from errors import UserError
+from model.tokenizer import Tokenizer
+from terminal import Parser, print_table, write_json
+
+EXCERPTS = 256
+EXCERPT_CHARS = 8000
+SHOWN_CHARS = 90
+
+
+def tokenizer_main(argv: list[str]) -> int:
+    """Runs the verb; returns the exit code. UserError for what the user can mend."""
+    args = _parser().parse_args(argv)
+    from model.tokenizer_training import train_tokenizer
+    from train.data.sources import read_documents
+
+    excerpts = Excerpts()
+    documents = excerpts.watch(read_documents(args.files, args.max_bad_rows))
+    tokenizer = train_tokenizer(documents, args.vocab_size, args.out)
+    result = excerpts.measure(tokenizer) | {"out": str(args.out), "fingerprint": tokenizer.fingerprint}
+    print_table(
+        [
+            ("vocabulary", f"{tokenizer.vocab_size:,}"),
+            ("documents", f"{excerpts.documents:,}"),
+            ("characters", f"{excerpts.characters:,}"),
+            ("characters per token", f"{result['characters_per_token']:.2f}"),
+            ("bytes per token", f"{result['bytes_per_token']:.2f}"),
+            ("sample", excerpts.sample(tokenizer)),
+            ("written to", args.out),
+        ]
+    )
+    if args.json:
+        write_json(args.json, result)
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "tokenizer",
+        "Trains a sentencepiece tokenizer (BPE with bytes for the unknown; every text decodes to itself) on files of "
+        'text: .txt, .jsonl(.gz|.zst) with a field "text" or conversations, .parquet.',
+        [
+            "qmax tokenizer books/*.txt --vocab-size 8192 --out runs/tokenizer",
+            "qmax tokenizer corpus.jsonl.gz --vocab-size 32000 --out tok --json tok.json",
+        ],
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="text to learn from; globs are taken")
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, control tokens included")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
+    parser.add_argument(
+        "--max-bad-rows", type=int, default=100, metavar="N", help="malformed rows that are skipped (default 100)"
+    )
+    parser.add_json()
+    return parser
+
+
+class Excerpts:
+    """An even sample of a stream of documents, to measure a vocabulary by."""
+
+    def __init__(self) -> None:
+        self.documents = 0
+        self.characters = 0
+        self._kept: list[str] = []
+        self._rng = random.Random(1)
+
+    def watch(self, documents: Iterable[str]) -> Iterator[str]:
+        """Passes `documents` on; keeps the beginnings of some (a reservoir: each with the same probability)."""
+        for text in documents:
+            self.documents += 1
+            self.characters += len(text)
+            place = self._rng.randrange(self.documents)
+            if len(self._kept) < EXCERPTS:
+                self._kept.append(text[:EXCERPT_CHARS])
+            elif place < EXCERPTS:
+                self._kept[place] = text[:EXCERPT_CHARS]
+            yield text
+
+    def measure(self, tokenizer: Tokenizer) -> dict[str, int | float | str]:
+        """Sizes, and characters and bytes per token of what was kept."""
+        if not self._kept:
+            raise UserError("the corpus is empty: there is no text to learn a vocabulary from")
+        tokens = sum(len(tokenizer.encode(text)) for text in self._kept)
+        characters = sum(map(len, self._kept))
+        size = sum(len(text.encode("utf-8", "replace")) for text in self._kept)
+        return {
+            "vocab_size": tokenizer.vocab_size,
+            "documents": self.documents,
+            "characters": self.characters,
+            "characters_per_token": characters / tokens,
+            "bytes_per_token": size / tokens,
+        }
+
+    def sample(self, tokenizer: Tokenizer) -> str:
+        """The beginning of a document, cut at its tokens."""
+        line = " ".join(self._kept[0].split())[:SHOWN_CHARS]
+        return "|".join(tokenizer.token_bytes(i).decode("utf-8", "replace") for i in tokenizer.encode(line))
