@@ -44,8 +44,8 @@ def tokenizer_main(argv: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         "tokenizer",
-        "Trains a sentencepiece tokenizer (BPE with bytes for the unknown; every text decodes to itself) on files of "
-        'text: .txt, .jsonl(.gz|.zst) with a field "text" or conversations, .parquet.',
+        "Trains a sentencepiece tokenizer (BPE, with bytes for the unknown; every text decodes to itself)\n"
+        'on .txt, .jsonl(.gz|.zst) with a field "text" or conversations, .parquet and .arrayrecord.',
         [
             "qmax tokenizer books/*.txt --vocab-size 8192 --out runs/tokenizer",
             "qmax tokenizer corpus.jsonl.gz --vocab-size 32000 --out tok --json tok.json",
