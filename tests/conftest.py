@@ -18,8 +18,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # The processes of pytest-xdist and the next run find what one of them has compiled. Subprocesses inherit it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
 
 # The live matrix needs transformers and torch, which only its own environment has.
 collect_ignore = [] if os.environ.get("QMAX_PARITY") == "1" else ["parity"]

@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
+ROOT = Path(__file__).resolve().parent.parent
 GROUND = {"errors", "terminal"}
 FLOORS = ("sharding", "model", "serve", "train")
 """Each may import those before it."""
@@ -26,7 +26,7 @@ HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "sentencepiece", "t
 FILE_LINES, FUNCTION_LINES = 450, 80
 KERNEL_FILE_LINES, KERNEL_FUNCTION_LINES = 600, 150
 FILE_BYTES, REPOSITORY_BYTES = 4 * 2**20, 20 * 2**20
-IMPORT_NAMES = {"orbax-checkpoint": "orbax", "tensorboardx": "tensorboardX"}
+IMPORT_NAMES = {"absl-py": "absl", "orbax-checkpoint": "orbax", "tensorboardx": "tensorboardX"}
 TREE_LEAVES = ("tests", "bench", "notebooks", "configs/demo_data", "serve/ui", ".ci")
 """Folders that the README's tree names as a whole."""
 
@@ -83,10 +83,10 @@ def allowed(path: Path) -> set[str]:
         return CONFIG_IMPORTS
     if top in ("errors.py", "terminal.py"):
         return GROUND
-    return {*FLOORS, *GROUND, "configs", "qmax", "conftest", "bench", "tests"}
+    return {*FLOORS, *GROUND, "configs", "qmax", "bench", "tests"}
 
 
-OURS = {*FLOORS, *GROUND, "configs", "qmax", "tests", "bench", "conftest"}
+OURS = {*FLOORS, *GROUND, "configs", "qmax", "tests", "bench"}
 
 
 @pytest.mark.parametrize("path", sources(), ids=str)
