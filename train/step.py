@@ -40,7 +40,7 @@ def make_train_step(run: Run, skeleton: Skeleton, loss: Loss, optimizer: optax.G
     def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         gradients, parts = accumulate(run.accumulate, skeleton, loss, state, batch)
         with jax.named_scope("optimizer"):
-            norm = optax.global_norm(gradients)
+            norm = optax.tree.norm(gradients)
             good = jnp.isfinite(norm) & jnp.isfinite(parts.loss)
             if run.spike_factor:
                 good &= (state.step < GUARD_AFTER) | (norm <= run.spike_factor * state.norm_mean)
@@ -67,8 +67,8 @@ def make_train_step(run: Run, skeleton: Skeleton, loss: Loss, optimizer: optax.G
             "loss": parts.loss,
             "z_loss": parts.z_loss,
             "gradient_norm": norm,
-            "parameter_norm": optax.global_norm(new.params),
-            "update_norm": optax.global_norm(updates),
+            "parameter_norm": optax.tree.norm(new.params),
+            "update_norm": optax.tree.norm(updates),
             "skipped": skipped,
             "bad_steps": new.bad_steps,
         }
