@@ -28,7 +28,7 @@ def run() -> Run:
             max_positions=512,
         ),
         data=DataConfig(
-            sources=(str(HERE / "demo_data" / "tiny.jsonl.gz"),),
+            sources=(str(HERE / "demo_data" / "pretrain_en_tinystories.jsonl.gz"),),
             tokenizer=str(HERE / "demo_data" / "tiny_tokenizer"),
             sequence_length=64,
             batch_size=8,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from errors import UserError
-from model.checkpoint.checkpoints import Checkpoints
+from train.checkpoint import Checkpoints
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer

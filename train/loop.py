@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,13 @@ import jax
 import numpy as np
 
 from errors import UserError
-from train.metrics import MetricsLog, Throughput, memory_in_use, peak_flops
+from train.device import device_peak_flops, memory_in_use
+from train.metrics import MetricsLog, Throughput
 from train.optimizer import schedule
 from train.progress import TrainProgress
 from train.setup import Job, say
 from train.signals import StopRequest, stop_on_signal
-from train.state import TrainState, flatten
+from train.state import TrainState, compute_dtype, flatten
 
 
 @dataclass
@@ -31,12 +33,13 @@ class Pending:
 class Recorder:
     """Writes each step's record once, a step late, so that the devices never wait for the log."""
 
-    def __init__(self, job: Job, log: MetricsLog, bar: TrainProgress, clock: Throughput) -> None:
+    def __init__(self, job: Job, log: MetricsLog | None, bar: TrainProgress, clock: Throughput) -> None:
         self.job, self.log, self.bar, self.clock = job, log, bar, clock
         run = job.run
         self.rate = schedule(run.optimizer, run.steps, run.optimizer.learning_rate)
         self.flops_per_token = 3 * run.model.flops_per_token(run.data.sequence_length / 2)
-        self.peak = peak_flops(job.mesh.devices.flat[0], job.skeleton_dtype) * job.mesh.size
+        peak = device_peak_flops(job.mesh.devices.flat[0], compute_dtype(run).name)
+        self.peak = peak and peak * job.mesh.size
         self.pending: Pending | None = None
         self.first: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
@@ -52,20 +55,23 @@ class Recorder:
         if pending is None:
             return
         values = {name: np.asarray(value) for name, value in jax.device_get(pending.metrics).items()}
-        rate = self.clock.step(pending.tokens)
+        seconds = self.clock.step(pending.tokens)
+        rate = self.clock.rate
         record: dict[str, Any] = {name: value.tolist() for name, value in values.items()}
         bad = record.pop("bad_steps")
         record |= {
             "learning_rate": float(self.rate(pending.step - 1)),
             "tokens": pending.tokens,
+            "seconds": seconds,
             "tokens_per_second": rate,
             "mfu": rate * self.flops_per_token / self.peak if rate and self.peak else None,
             "memory_bytes": memory_in_use(),
             **pending.more,
         }
+        record = {name: value for name, value in record.items() if value is not None}
         self.first = self.first or record
         self.last = record
-        if pending.step % self.job.run.log_every == 0 or pending.more:
+        if self.log and (pending.step % self.job.run.log_every == 0 or pending.more):
             self.log.log(pending.step, record)
         self.bar.update(pending.step, loss=record["loss"], tokens_per_second=rate)
         if bad >= self.job.run.max_bad_steps:
@@ -100,7 +106,7 @@ def train(job: Job, *, resume: bool) -> dict[str, Any]:
         state = job.start() if start is None else job.restore(start)
         clock = Throughput()
         with (
-            MetricsLog(job.out, resume_step=start) as log,
+            MetricsLog(job.out, resume_step=start) if jax.process_index() == 0 else nullcontext() as log,
             TrainProgress(run.steps, start or 0, run.objective) as bar,
             stop_on_signal() as stop,
         ):
