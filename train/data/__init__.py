@@ -1,0 +1,1 @@
+"""From files of text to batches: sources -> store -> packing -> loader."""

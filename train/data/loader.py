@@ -1,0 +1,387 @@
+"""Batches as a pure function of (config, seed, step), read ahead by grain in threads or processes.
+
+    rows of step s, batch B:   stream[s * B + i]                         i = 0 .. B - 1
+    one source:                stream[k] = row permutation(seed, k // rows)[k % rows]
+    weighted sources:          position k belongs to source `interleave(k)`, as the j-th of it: its stream[j]
+
+Without weights all sources are one: their rows shuffled together. No state is kept, so none is saved.
+"""
+
+from __future__ import annotations
+
+import bisect
+import errno
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from errors import UserError
+from train.data.order import derive, interleave, permute, shares
+from train.data.packing import Index, Mode, Window, build_index, empty_row, index_name, materialize
+from train.data.prepare import SHARD_TOKENS, make_plan, prepare
+from train.data.sources import expand, is_prepared
+from train.data.store import Split, Store, make_split
+from train.data.system import explain_disk, say, serve_parent
+
+if TYPE_CHECKING:
+    import grain
+
+    from configs.run import Run
+    from model.tokenizer import Tokenizer
+
+Batch = dict[str, np.ndarray]
+"""tokens, targets, positions, segments int32 and weights float32, each [B, T]."""
+
+STEPS = 1 << 40
+"""Length of an endless dataset, in steps."""
+PREFETCH = 4
+"""Batches read ahead."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Packed rows of one store. `part[r]`: arrays [T]."""
+
+    store: Store
+    index: Index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, row: int) -> Batch:
+        return materialize(self.index[row], self._fetch, self.index.meta["sequence_length"])
+
+    def _fetch(self, doc: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
+        document = self.store.read(doc, start, stop)
+        return document.tokens, document.loss_mask
+
+
+class Rows:
+    """Rows of several parts, one after the other."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = list(parts)
+        self._ends = list(itertools.accumulate(map(len, self.parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, row: int) -> Batch:
+        number = bisect.bisect_right(self._ends, row)
+        return self.parts[number][row - (self._ends[number - 1] if number else 0)]
+
+    @property
+    def pairs(self) -> int:
+        """Targets in all rows, before any loss mask."""
+        return sum(part.index.pairs for part in self.parts)
+
+
+class TrainingBatches:
+    """A grain data source: item s is one host's share of the batch of step s."""
+
+    def __init__(
+        self, streams: Sequence[Rows], weights: Sequence[float], seed: int, batch_size: int, rows: tuple[int, int]
+    ) -> None:
+        self.streams, self.seed, self.batch_size, self.rows = list(streams), seed, batch_size, rows
+        self.shares = shares(weights)
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __getitem__(self, index: Any) -> Batch:
+        k = int(index) * self.batch_size + np.arange(*self.rows)
+        source, item = interleave(k, self.shares) if len(self.streams) > 1 else (np.zeros_like(k), k)
+        row = np.empty_like(k)
+        for number in np.unique(source):
+            mine = source == number
+            row[mine] = self.rows_of(int(number), item[mine])
+        return stack([self.streams[s][r] for s, r in zip(source.tolist(), row.tolist(), strict=True)])
+
+    def rows_of(self, source: int, k: np.ndarray) -> np.ndarray:
+        """Rows of a source that stand at positions `k` (int64 [n]) of its stream, which shuffles afresh each epoch."""
+        count = len(self.streams[source])
+        epoch = k // count
+        row = np.empty_like(k)
+        for e in np.unique(epoch):
+            mine = epoch == e
+            row[mine] = permute(k[mine] % count, count, derive(self.seed, "rows", source, int(e)))
+        return row
+
+
+class ValidationBatches:
+    """A grain data source: every held-out row once, in a fixed order that mixes the sources; the rest is padding."""
+
+    def __init__(self, held_out: Rows, sequence_length: int, batch_size: int, rows: tuple[int, int]) -> None:
+        self.held_out, self.batch_size, self.rows = held_out, batch_size, rows
+        self.sequence_length = sequence_length
+
+    def __len__(self) -> int:
+        return -(-len(self.held_out) // self.batch_size)
+
+    def __getitem__(self, index: Any) -> Batch:
+        count = len(self.held_out)
+        k = int(index) * self.batch_size + np.arange(*self.rows)
+        there = permute(k[k < count], count, derive("validation"))
+        padding = [empty_row(self.sequence_length)] * int((k >= count).sum())
+        return stack([*(self.held_out[row] for row in there.tolist()), *padding])
+
+
+def stack(rows: Sequence[Batch]) -> Batch:
+    """Rows of [T] as a batch of [rows, T]."""
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def host_rows(batch_size: int, host_index: int, host_count: int) -> tuple[int, int]:
+    """First row and end of a host's share of a batch; UserError when it does not divide."""
+    if batch_size % host_count:
+        raise UserError(f"data.batch_size={batch_size} does not divide over {host_count} hosts")
+    share = batch_size // host_count
+    return host_index * share, (host_index + 1) * share
+
+
+def make_dataset(
+    streams: Sequence[Rows],
+    weights: Sequence[float],
+    *,
+    seed: int,
+    batch_size: int,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> grain.MapDataset[Batch]:
+    """The endless training dataset: item s is the host's share [B / hosts, T] of the batch of step s.
+
+    One stream and no weights, or streams with their weights; a stream of weight 0 is never read.
+    """
+    import grain
+
+    rows = host_rows(batch_size, host_index, host_count)
+    return grain.MapDataset.source(TrainingBatches(streams, weights or (1.0,), seed, batch_size, rows))
+
+
+class Batches(Iterator[Batch]):
+    """Items `start` to `stop` - 1 of a dataset, read ahead; `close` (or `with`) ends threads and processes."""
+
+    def __init__(
+        self,
+        dataset: grain.MapDataset[Batch],
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        workers: int = 0,
+        prefetch: int = PREFETCH,
+    ) -> None:
+        import absl.flags
+        import grain
+
+        if start or stop is not None:
+            dataset = dataset.slice(slice(start, stop))
+        threads = grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=prefetch)
+        plan = dataset.to_iter_dataset(threads)
+        if workers:
+            if not absl.flags.FLAGS.is_parsed():
+                absl.flags.FLAGS.mark_as_parsed()  # grain asks its flags, which only absl's own main would have parsed
+            ahead = grain.MultiprocessingOptions(workers, max(1, prefetch // workers))
+            plan = plan.mp_prefetch(ahead, worker_init_fn=_start_worker)
+        self._copies = workers > 0
+        self._reader: Any = iter(plan)
+        self._reader.start_prefetch()
+
+    def __next__(self) -> Batch:
+        if self._reader is None:
+            raise StopIteration
+        try:
+            batch: Batch = next(self._reader)
+        except StopIteration:
+            self.close()
+            raise
+        # A worker's arrays lie in shared memory that goes with them; whoever keeps a view must not lose it.
+        return {name: np.array(array) for name, array in batch.items()} if self._copies else batch
+
+    def close(self) -> None:
+        """Ends reading ahead; safe to call twice."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _start_worker(index: int, count: int) -> None:
+    del index, count
+    serve_parent()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a Run to its data
+
+
+class DataSets:
+    """The data of a run. Iterators it gave out are closed by `close`."""
+
+    def __init__(
+        self,
+        run: Run,
+        tokenizer: Tokenizer,
+        streams: Sequence[Rows],
+        weights: Sequence[float],
+        held_out: Rows,
+    ) -> None:
+        self._data, self._seed, self._tokenizer = run.data, run.seed, tokenizer
+        self._streams, self._weights, self._held_out = list(streams), tuple(weights), held_out
+        self._open: list[Batches] = []
+        self._bytes: dict[int, int] = {}
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Targets (before any loss mask) in one pass over the training rows of all sources."""
+        return sum(rows.pairs for rows in self._streams)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Training rows of all sources."""
+        return sum(map(len, self._streams))
+
+    @property
+    def validation_rows(self) -> int:
+        """Held-out rows."""
+        return len(self._held_out)
+
+    def train_batches(self, start_step: int, host_index: int = 0, host_count: int = 1) -> Batches:
+        """The host's share [B / hosts, T] of every batch from step `start_step` on, without end."""
+        dataset = make_dataset(
+            self._streams,
+            self._weights,
+            seed=self._seed,
+            batch_size=self._data.batch_size,
+            host_index=host_index,
+            host_count=host_count,
+        )
+        return self._keep(Batches(dataset, start=start_step, workers=self._data.workers))
+
+    def validation_batches(self, n: int | None = None, host_index: int = 0, host_count: int = 1) -> Batches:
+        """The host's share of the first `n` batches of held-out rows (None: all); the same ones at every call."""
+        import grain
+
+        rows = host_rows(self._data.batch_size, host_index, host_count)
+        source = ValidationBatches(self._held_out, self._data.sequence_length, self._data.batch_size, rows)
+        return self._keep(Batches(grain.MapDataset.source(source), stop=self._clip(n)))
+
+    def validation_bytes(self, n: int | None = None) -> int:
+        """UTF-8 bytes that the weighted targets of those batches spell, over all hosts (ends of documents spell none).
+
+        The sum of their losses, in bits, over this number is exactly bits per byte.
+        """
+        n = self._clip(n)
+        if n not in self._bytes:
+            total = 0
+            with self.validation_batches(n) as batches:
+                for batch in batches:
+                    total += int(self._spelled[batch["targets"][batch["weights"] > 0]].sum())
+            self._bytes[n] = total
+        return self._bytes[n]
+
+    def close(self) -> None:
+        """Ends all threads and worker processes."""
+        while self._open:
+            self._open.pop().close()
+
+    def _keep(self, batches: Batches) -> Batches:
+        self._open = [other for other in self._open if other._reader is not None] + [batches]
+        return batches
+
+    def _clip(self, n: int | None) -> int:
+        batches = -(-len(self._held_out) // self._data.batch_size)
+        return batches if n is None else min(n, batches)
+
+    @functools.cached_property
+    def _spelled(self) -> np.ndarray:
+        """Bytes that each token spells, int64 [V]."""
+        lengths = [len(self._tokenizer.token_bytes(i)) for i in range(self._tokenizer.vocab_size)]
+        lengths[self._tokenizer.document_end_id] = 0
+        return np.array(lengths, np.int64)
+
+
+def open_data(run: Run, tokenizer: Tokenizer, cache_dir: Path) -> DataSets:
+    """The data that `run.data` describes; text is tokenised into `cache_dir` first, unless it is there already.
+
+    Raises UserError for a missing, empty or malformed source, a store of another tokenizer or objective, and sources
+    too small to give a row.
+    """
+    data = run.data
+    held_out: list[Part] = []
+    sources: list[Rows] = []
+    for pattern in data.sources:
+        parts: list[Part] = []
+        for store in _stores(pattern, run, tokenizer, cache_dir):
+            fraction = 0.0 if data.validation else data.validation_fraction
+            # The seed is fixed: what is held out does not change with the run, so runs can be compared and continued.
+            split = make_split(store, fraction, seed=0)
+            parts.append(_part(store, run, cache_dir, split, "train"))
+            if split.threshold:
+                held_out.append(_part(store, run, cache_dir, split, "held out"))
+        sources.append(Rows(parts))
+        if not len(sources[-1]):
+            raise UserError(f"{pattern} holds no document of two tokens or more to train on; add text")
+    if not sources:
+        raise UserError("data.sources is empty; name files, globs or prepared directories")
+    for pattern in data.validation:
+        for store in _stores(pattern, run, tokenizer, cache_dir):
+            held_out.append(_part(store, run, cache_dir, make_split(store, 0.0, seed=0), "train"))
+    streams = sources if data.weights else [Rows([part for rows in sources for part in rows.parts])]
+    return DataSets(run, tokenizer, streams, data.weights, Rows([part for part in held_out if len(part)]))
+
+
+def _stores(pattern: str, run: Run, tokenizer: Tokenizer, cache_dir: Path) -> list[Store]:
+    """The prepared directories that a source names, and its files as one store in the cache."""
+    paths = expand([pattern])
+    stores = [Store.open(path) for path in paths if is_prepared(path)]
+    files = [path for path in paths if not path.is_dir()]
+    if files:
+        plan = make_plan(files, tokenizer, run.objective, SHARD_TOKENS)
+        name = f"{files[0].name.split('.')[0]}-{derive(repr(plan)):016x}"
+        stores.append(
+            prepare(files, tokenizer, cache_dir / name, objective=run.objective, max_bad_rows=run.data.max_bad_rows)
+        )
+    for store in stores:
+        store.check(tokenizer, run.objective)
+    return stores
+
+
+def _part(store: Store, run: Run, cache_dir: Path, split: Split, which: Literal["train", "held out"]) -> Part:
+    """Rows of the documents of one side of a split; their index stays beside the store, or else in the cache."""
+    mode: Mode = "split" if run.objective == "pretrain" else "whole"
+    length = run.data.sequence_length
+
+    def windows() -> Iterator[Window]:
+        for first, lengths in store.windows(1 << 15):
+            ids = np.arange(first, first + len(lengths), dtype=np.int64)
+            mine = split.held_out(ids) == (which == "held out")
+            yield ids[mine], lengths[mine]
+
+    name = index_name(length, mode, f"{which} {split.name} {store.fingerprint}")
+    index = _index(windows, length, mode, [store.path / "index" / name, cache_dir / "index" / name])
+    if index.meta["cut"] and which == "train":
+        say(f"{index.meta['cut']:,} of {len(store):,} conversations of {store.path} are cut to {length} tokens")
+    return Part(store, index)
+
+
+def _index(windows: Callable[[], Iterator[Window]], length: int, mode: Mode, places: Sequence[Path]) -> Index:
+    """The index at the first of `places` that may be written; a store shared by many may be read-only."""
+    *others, last = places
+    for path in others:
+        try:
+            return build_index(windows(), length, mode, path)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+    with explain_disk(last, "free some and run again"):
+        return build_index(windows(), length, mode, last)
