@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DEVICES = 8
+DEVICES = "--xla_force_host_platform_device_count=8"
 
-assert "jax" not in sys.modules, "jax was imported before the tests could choose its devices"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
+if DEVICES not in os.environ.get("XLA_FLAGS", ""):  # the processes of pytest-xdist inherit it
+    assert "jax" not in sys.modules, "jax was imported before the tests could choose its devices"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # The processes of pytest-xdist and the next run find what one of them has compiled. Subprocesses inherit it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
