@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from errors import UserError
-from train.checkpoint import Checkpoints
+from model.checkpoint.checkpoints import Checkpoints
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
@@ -58,7 +58,9 @@ def read_weights(run: str | Path, mesh: jax.sharding.Mesh) -> tuple[ModelConfig,
     fitting = [
         stacked
         for stacked, form in forms.items()
-        if all(f"params.{name}" in saved and saved[f"params.{name}"].shape == form.shapes[name] for name in form.weights)
+        if all(
+            f"params.{name}" in saved and saved[f"params.{name}"].shape == form.shapes[name] for name in form.weights
+        )
     ]
     if not fitting:
         raise UserError(f"checkpoint {step} of {run} is of another architecture than its config.json")

@@ -148,7 +148,9 @@ class Transformer(nnx.Module):
     ):
         V, D = config.vocab_size, config.hidden_size
         rngs = nnx.Rngs(jax.random.fold_in(key, config.num_layers))
-        self.embedding_VD = weight(rngs, (V, D), ("vocab", "embed"), D)
+        # At unit variance the token itself, not the average of its neighbours, decides where early layers route
+        # it: the load is even from the start. As an output head it has to be small.
+        self.embedding_VD = weight(rngs, (V, D), ("vocab", "embed"), D if config.tie_embeddings else 1)
         self.stacks = nnx.List(
             [Stack(config, pattern, repeats, key) for pattern, repeats in stack_plan(config, stacked)]
         )

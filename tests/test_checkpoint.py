@@ -21,8 +21,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from errors import UserError
-from train import manifest
-from train.checkpoint import CheckpointError, Checkpoints, leaf_hashes
+from model.checkpoint import manifest
+from model.checkpoint.checkpoints import CheckpointError, Checkpoints, leaf_hashes
 
 ROOT = Path(__file__).parents[1]
 
@@ -275,7 +275,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(
     small_disk: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, foreseen: bool
 ) -> None:
     if not foreseen:
-        monkeypatch.setattr("train.checkpoint.demand_space", lambda directory, size: None)
+        monkeypatch.setattr("model.checkpoint.checkpoints.demand_space", lambda directory, size: None)
     box = Checkpoints(small_disk / "checkpoints", keep=1)
     box.save(1, make_state(1, size=256), meta={})  # 0.7 MB
     box.wait()
@@ -314,7 +314,7 @@ def test_a_second_save_waits_for_the_first(box: Checkpoints, monkeypatch: pytest
 
 
 def test_two_writers_do_not_mix(box: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.checkpoint.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("model.checkpoint.checkpoints.LOCK_SECONDS", 0.1)
     box.save(1, make_state(1), meta={})
     other = Checkpoints(box.directory, keep=2)
     with pytest.raises(CheckpointError, match="another process is saving"):

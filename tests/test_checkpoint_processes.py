@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from test_checkpoint import abstract, make_state
 
-from train.checkpoint import Checkpoints, leaf_hashes
+from model.checkpoint.checkpoints import Checkpoints, leaf_hashes
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +25,7 @@ KILLED = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_checkpoint import make_state
-from train.checkpoint import Checkpoints
+from model.checkpoint.checkpoints import Checkpoints
 checkpoints = Checkpoints({directory!r}, keep=2)
 step = checkpoints.latest_good(lambda sentence: sys.exit("damaged: " + sentence)) or 0
 while True:
@@ -66,7 +66,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import jax, jax.numpy as jnp, numpy as np
 jax.distributed.initialize({address!r}, 2, int(sys.argv[1]))
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from train.checkpoint import CheckpointError, Checkpoints
+from model.checkpoint.checkpoints import CheckpointError, Checkpoints
 mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(AxisType.Auto,))
 rows, whole = NamedSharding(mesh, PartitionSpec("fsdp")), NamedSharding(mesh, PartitionSpec())
 def make(step):

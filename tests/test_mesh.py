@@ -19,7 +19,13 @@ from train.step import accumulate
 
 # A pairwise cover of the axes; every factorisation of 8 under `--full`.
 COVER = [(1, 4, 1, 2), (2, 1, 2, 2), (1, 2, 4, 1), (8, 1, 1, 1), (2, 2, 1, 2)]
-ALL = [(d, f, e, 8 // (d * f * e)) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) for e in (1, 2, 4, 8) if 8 % (d * f * e) == 0]
+ALL = [
+    (d, f, e, 8 // (d * f * e))
+    for d in (1, 2, 4, 8)
+    for f in (1, 2, 4, 8)
+    for e in (1, 2, 4, 8)
+    if 8 % (d * f * e) == 0
+]
 SHAPES = [shape for shape in ALL if shape[3] <= 2] if os.environ.get("QMAX_FULL") else COVER
 
 
@@ -45,7 +51,9 @@ def one_device(request: pytest.FixtureRequest) -> tuple[Run, dict[str, np.ndarra
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradients_equal_one_device(one_device: tuple[Run, dict[str, np.ndarray], float], shape: tuple[int, ...]) -> None:
+def test_gradients_equal_one_device(
+    one_device: tuple[Run, dict[str, np.ndarray], float], shape: tuple[int, ...]
+) -> None:
     run, expected, loss = one_device
     found, sharded_loss = gradients(replace(run, mesh=MeshConfig(*shape)))
     assert abs(sharded_loss - loss) <= 1e-5 * abs(loss)

@@ -60,7 +60,9 @@ def test_stacked_and_list_take_the_same_step(name: str) -> None:
     ends = []
     for layers in ("list", "stacked"):
         optimizer = OptimizerConfig(name=name)  # pyright: ignore[reportArgumentType]
-        trainer = Trainer(make_run(MOE, optimizer=optimizer, layers=layers, loss=LossConfig(bias_update_rate=0.01)), ONE)
+        trainer = Trainer(
+            make_run(MOE, optimizer=optimizer, layers=layers, loss=LossConfig(bias_update_rate=0.01)), ONE
+        )
         for seed in range(2):
             trainer(make_rows(trainer.run, seed))
         arrays = {**trainer.state.params, **trainer.state.extra}
@@ -96,7 +98,9 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters() -> None:
     metrics = trainer(poisoned(trainer))
     assert metrics["skipped"] == 1 and metrics["bad_steps"] == 1
     after = jax.tree.map(np.asarray, trainer.state)
-    same = jax.tree.map(np.array_equal, (before.params, before.extra, before.opt), (after.params, after.extra, after.opt))
+    same = jax.tree.map(
+        np.array_equal, (before.params, before.extra, before.opt), (after.params, after.extra, after.opt)
+    )
     assert all(jax.tree.leaves(same))
     assert after.step == before.step + 1 and after.skipped == 1
     assert trainer(make_rows(trainer.run))["bad_steps"] == 0

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from configs.override import to_dict
 from errors import UserError
 from train.device import device_peak_flops, memory_in_use
 from train.metrics import MetricsLog, Throughput
@@ -85,9 +86,7 @@ class Recorder:
 def validate(job: Job, step: Any, state: TrainState) -> dict[str, float]:
     """Mean loss (nats per token) and bits per byte of the held-out text; empty where there is none."""
     sums = np.zeros(2)
-    for rows in job.data.validation_batches(
-        job.run.validation_batches, jax.process_index(), jax.process_count()
-    ):
+    for rows in job.data.validation_batches(job.run.validation_batches, jax.process_index(), jax.process_count()):
         sums += np.asarray(jax.device_get(step(state, job.place(rows))), np.float64)
     if not sums[1]:
         return {}
@@ -153,4 +152,4 @@ def run_steps(job: Job, state: TrainState, start: int, recorder: Recorder, stop:
 
 def save(job: Job, state: TrainState, step: int, validation_loss: float | None) -> None:
     """Starts a checkpoint; the step's record is in the log already."""
-    job.checkpoints.save(step, flatten(state), meta={"steps": job.run.steps}, validation_loss=validation_loss)
+    job.checkpoints.save(step, flatten(state), meta={"run": to_dict(job.run)}, validation_loss=validation_loss)

@@ -114,9 +114,7 @@ def _cross_entropy(hidden_BTD, head_DV, targets_BT, weights_BT, z_weight, *, gra
 
 
 def _forward(hidden_BTD, head_DV, targets_BT, weights_BT, z_weight):
-    values, (d_hidden, d_head) = _cross_entropy(
-        hidden_BTD, head_DV, targets_BT, weights_BT, z_weight, gradients=True
-    )
+    values, (d_hidden, d_head) = _cross_entropy(hidden_BTD, head_DV, targets_BT, weights_BT, z_weight, gradients=True)
     return values, (d_hidden, d_head.astype(head_DV.dtype))
 
 
@@ -151,9 +149,7 @@ def next_token(
     """
     output = forward(model, Batch(rows["tokens"], rows["positions"], rows["segments"]))
     with jax.named_scope("loss"):
-        total, nll, z = cross_entropy(
-            output.hidden_BTD, model.head(), rows["targets"], rows["weights"], config.z_loss
-        )
+        total, nll, z = cross_entropy(output.hidden_BTD, model.head(), rows["targets"], rows["weights"], config.z_loss)
     loss = total / totals.weight
     parts = Parts(nll / totals.weight, z / totals.weight, *3 * (jnp.zeros(()),))
     parts = parts.replace(counts_LE=jnp.zeros_like(before.counts_LE))

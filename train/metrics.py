@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from errors import UserError
+from model.checkpoint.manifest import sync_directory
 from train.device import device_peak_flops, memory_in_use
-from train.manifest import sync_directory
 
 __all__ = ["MetricsLog", "Throughput", "device_peak_flops", "memory_in_use", "read_metrics"]
 

@@ -82,7 +82,5 @@ def make_optimizer(config: OptimizerConfig, steps: int, skeleton: Skeleton) -> o
             optax.scale_by_learning_rate(schedule(config, steps, config.muon_learning_rate)),
         )
         labels = {name: "muon" if dimensions[name] else "adamw" for name in shapes}
-        core = optax.partition(
-            {"muon": muon, "adamw": adamw}, lambda params: {name: labels[name] for name in params}
-        )
+        core = optax.partition({"muon": muon, "adamw": adamw}, lambda params: {name: labels[name] for name in params})
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), core) if config.clip_norm else core

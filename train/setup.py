@@ -17,12 +17,12 @@ import optax
 from configs.override import to_dict
 from configs.run import Run
 from errors import UserError
+from model.checkpoint.checkpoints import Checkpoints
 from model.load import run_directory
 from model.tokenizer import Tokenizer
 from model.tree import Skeleton
 from sharding.mesh import make_mesh
 from sharding.rules import batch_sharding
-from train.checkpoint import Checkpoints
 from train.data.loader import DataSets, open_data
 from train.losses import next_token
 from train.optimizer import make_optimizer
@@ -62,7 +62,9 @@ def resolve(run: Run, tokenizer: Tokenizer) -> Run:
             f"{run.model.vocab_size}; make the model's at least as large, or 0 to take the tokenizer's"
         )
     if run.model.vocab_size % run.mesh.tensor:
-        raise UserError(f"{run.model.vocab_size} rows of the vocabulary do not divide over mesh.tensor={run.mesh.tensor}")
+        raise UserError(
+            f"{run.model.vocab_size} rows of the vocabulary do not divide over mesh.tensor={run.mesh.tensor}"
+        )
     return run
 
 

@@ -26,9 +26,9 @@ import jax
 import numpy as np
 
 from errors import UserError
-from train import manifest
-from train.leaves import describe, empty, filled, flatten, leaf_hashes, nest, own_copies, words
-from train.storage import Lock, demand_space, quiet, reason
+from model.checkpoint import manifest
+from model.checkpoint.leaves import describe, empty, filled, flatten, leaf_hashes, nest, own_copies, words
+from model.checkpoint.storage import Lock, demand_space, quiet, reason
 
 __all__ = ["CheckpointError", "Checkpoints", "leaf_hashes"]
 
