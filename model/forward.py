@@ -11,7 +11,7 @@ from model.attention import Mask
 from model.cache import Cache, write_positions
 from model.layers import rope_tables
 from model.moe import RouterStats
-from model.transformer import BlockOutput, Context, Stack, Transformer, rematerialised
+from model.transformer import BlockOutput, Context, Remat, Stack, Transformer, rematerialised
 from sharding.rules import constrain
 
 
@@ -107,7 +107,7 @@ def run_stacks(
 
 
 def unrolled_stack(
-    stack: Stack, x_BTD: Array, context: Context, remat: str, cache: Cache | None, first: int, replay: Array | None
+    stack: Stack, x_BTD: Array, context: Context, remat: Remat, cache: Cache | None, first: int, replay: Array | None
 ) -> tuple[Array, list[BlockOutput]]:
     """The blocks of a stack one after the other; `first` is the index of its first layer."""
     outputs: list[BlockOutput] = []
@@ -125,7 +125,7 @@ def unrolled_stack(
 
 
 def scan_stack(
-    stack: Stack, x_BTD: Array, context: Context, remat: str, replay: Array | None
+    stack: Stack, x_BTD: Array, context: Context, remat: Remat, replay: Array | None
 ) -> tuple[Array, list[BlockOutput]]:
     """The repeats of a stack in one `lax.scan`, so that compile time does not grow with depth."""
     routers = None if replay is None else replay.reshape(stack.repeats, -1, *replay.shape[1:])

@@ -113,7 +113,7 @@ class Tokenizer:
         found = self._first_control((self._named("pad_token"),))
         return self.document_end_id if found is None else found
 
-    @cached_property
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens after which an assistant has nothing to add: the end of a turn, the end of a document."""
         names = (*TURN_ENDS, self._named("eos_token"), *DOCUMENT_ENDS)

@@ -158,7 +158,7 @@ class Transformer(nnx.Module):
         self.head_DV = None if config.tie_embeddings else weight(rngs, (D, V), ("embed", "vocab"), D)
         self.config = config
         self.dtype = dtype
-        self.remat = remat
+        self.remat: Remat = remat
         self.stacked = stacked
 
     def head(self) -> Float[Array, "D V"]:

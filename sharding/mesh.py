@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from errors import UserError
 
@@ -54,7 +55,7 @@ class MeshConfig:
         return self.data * self.fsdp * self.expert
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """The mesh of `config` over the first `config.num_devices` of `devices` (all, by default).
 
     Raises:
@@ -63,7 +64,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> ja
     import jax
     from jax.sharding import AxisType
 
-    devices = list(jax.devices()) if devices is None else devices
+    devices = list(devices or jax.devices())
     if config.num_devices > len(devices):
         sizes = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, config.shape, strict=True))
         raise UserError(

@@ -64,9 +64,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, ACTIVATIONS))
 
 
-def array_sharding(
-    axes: Sequence[str | None], ndim: int, mesh: jax.sharding.Mesh, table: Table
-) -> NamedSharding:
+def array_sharding(axes: Sequence[str | None], ndim: int, mesh: jax.sharding.Mesh, table: Table) -> NamedSharding:
     """How a weight of `ndim` dimensions with logical `axes` lies on `mesh`; a stacked one has one dimension more."""
     return NamedSharding(mesh, spec(("layers",) * (ndim - len(axes)) + tuple(axes), table))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from train import losses
 from train.losses import balance_loss, cross_entropy
 
 
-def plain(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, z_weight: float) -> jax.Array:
+def plain(hidden: jax.Array, head: jax.Array, targets: Any, weights: Any, z_weight: float) -> jax.Array:
     """The definition, with all logits at once."""
     logits = hidden @ head
     log_z = jax.nn.logsumexp(logits, axis=-1)
@@ -25,11 +27,11 @@ def test_equals_the_definition(monkeypatch: pytest.MonkeyPatch, chunk: int, z_we
     monkeypatch.setattr(losses, "SMALL_CHUNK", chunk)
     monkeypatch.setattr(losses, "LARGE_CHUNK", max(chunk, 2**9))
     draw = np.random.default_rng(0)
-    hidden, head = draw.normal(size=(3, 12, 16)).astype("f4"), draw.normal(size=(16, 50)).astype("f4")
-    targets, weights = draw.integers(0, 50, (3, 12)), draw.uniform(size=(3, 12)).astype("f4")
-    weights[1, 4:] = 0
+    hidden, head = (jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in ((3, 12, 16), (16, 50)))
+    targets, weights = jnp.asarray(draw.integers(0, 50, (3, 12))), jnp.asarray(draw.uniform(size=(3, 12)), jnp.float32)
+    weights = weights.at[1, 4:].set(0)
 
-    def ours(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    def ours(hidden: Any, head: Any) -> jax.Array:
         return cross_entropy(hidden, head, targets, weights, z_weight)[0]
 
     value, gradients = jax.value_and_grad(ours, (0, 1))(hidden, head)

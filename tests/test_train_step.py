@@ -108,7 +108,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters() -> None:
 
 def test_a_spike_is_skipped() -> None:
     trainer = Trainer(make_run(DENSE, spike_factor=0.5, steps=100), ONE)
-    trainer.state = trainer.state.replace(step=trainer.state.step + 50, norm_mean=trainer.state.norm_mean + 1e-3)
+    trainer.state = replace(trainer.state, step=trainer.state.step + 50, norm_mean=trainer.state.norm_mean + 1e-3)
     assert trainer(make_rows(trainer.run))["skipped"] == 1
 
 

@@ -61,7 +61,7 @@ class Recorder:
         record: dict[str, Any] = {name: value.tolist() for name, value in values.items()}
         bad = record.pop("bad_steps")
         record |= {
-            "learning_rate": float(self.rate(pending.step - 1)),
+            "learning_rate": float(np.asarray(self.rate(pending.step - 1))),
             "tokens": pending.tokens,
             "seconds": seconds,
             "tokens_per_second": rate,

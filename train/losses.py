@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +58,6 @@ def chunk_length(batch: int, length: int, vocab: int) -> int:
     return max(size for size in range(1, min(most, length) + 1) if length % size == 0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(
     hidden_BTD: Float[Array, "B T D"],
     head_DV: Float[Array, "D V"],
@@ -69,17 +70,28 @@ def cross_entropy(
     Works on chunks of positions: no more than a chunk's logits exist at once, and their gradient is made in
     the forward pass, so that they are never computed twice. Only the first result is differentiable.
     """
+    return _differentiable(hidden_BTD, head_DV, targets_BT, weights_BT, z_weight)  # pyright: ignore[reportReturnType]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _differentiable(
+    hidden_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array, z_weight: float
+) -> tuple[Array, Array, Array]:
+    """`cross_entropy` where no gradient is asked for."""
     return _cross_entropy(hidden_BTD, head_DV, targets_BT, weights_BT, z_weight, gradients=False)[0]
 
 
-def _cross_entropy(hidden_BTD, head_DV, targets_BT, weights_BT, z_weight, *, gradients):
+def _cross_entropy(
+    hidden_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array, z_weight: float, *, gradients: bool
+) -> tuple[tuple[Array, Array, Array], tuple[Any, Any]]:
+    """The sums and, with `gradients`, the gradients of the first by hidden state and head."""
     batch, length, width = hidden_BTD.shape
     vocab = head_DV.shape[1]
     size = chunk_length(batch, length, vocab)
     chunks = length // size
     head_DV = head_DV.astype(hidden_BTD.dtype)
 
-    def chunk(carry, inputs):
+    def chunk(carry: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
         nll, z, d_head = carry
         x_BtD, targets_Bt, weights_Bt = inputs
         logits = jnp.matmul(x_BtD, head_DV, preferred_element_type=jnp.float32)
@@ -113,18 +125,22 @@ def _cross_entropy(hidden_BTD, head_DV, targets_BT, weights_BT, z_weight, *, gra
     return (nll + z_weight * z, nll, z), (d_hidden, d_head)
 
 
-def _forward(hidden_BTD, head_DV, targets_BT, weights_BT, z_weight):
+def _forward(
+    hidden_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array, z_weight: float
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
     values, (d_hidden, d_head) = _cross_entropy(hidden_BTD, head_DV, targets_BT, weights_BT, z_weight, gradients=True)
     return values, (d_hidden, d_head.astype(head_DV.dtype))
 
 
-def _backward(z_weight, saved, cotangents):
+def _backward(
+    z_weight: float, saved: tuple[Array, Array], cotangents: tuple[Array, Array, Array]
+) -> tuple[Array, Array, None, None]:
     d_hidden, d_head = saved
     scale = cotangents[0]
     return (d_hidden * scale).astype(d_hidden.dtype), (d_head * scale).astype(d_head.dtype), None, None
 
 
-cross_entropy.defvjp(_forward, _backward)
+_differentiable.defvjp(_forward, _backward)
 
 
 def balance_loss(counts_LE: Array, scores_LE: Array, tokens: Array, micro_tokens: Array) -> Array:
@@ -151,8 +167,8 @@ def next_token(
     with jax.named_scope("loss"):
         total, nll, z = cross_entropy(output.hidden_BTD, model.head(), rows["targets"], rows["weights"], config.z_loss)
     loss = total / totals.weight
-    parts = Parts(nll / totals.weight, z / totals.weight, *3 * (jnp.zeros(()),))
-    parts = parts.replace(counts_LE=jnp.zeros_like(before.counts_LE))
+    zero = jnp.zeros((), jnp.float32)
+    parts = Parts(nll / totals.weight, z / totals.weight, zero, zero, jnp.zeros_like(before.counts_LE))
     if output.stats is not None:
         tokens = jnp.maximum(jnp.sum(rows["segments"] > 0), 1).astype(jnp.float32)
         stats = output.stats
@@ -162,7 +178,7 @@ def next_token(
         balance = balance_loss(counts_LE, stats.scores_E, jnp.maximum(seen, 1), tokens) * share
         router_z = jnp.mean(stats.z) / totals.tokens
         loss += config.balance * balance + config.router_z_loss * router_z
-        parts = parts.replace(balance_loss=balance, router_z_loss=router_z, counts_LE=stats.counts_E)
+        parts = replace(parts, balance_loss=balance, router_z_loss=router_z, counts_LE=stats.counts_E)
     return loss, jax.tree.map(jnp.add, before, jax.lax.stop_gradient(parts))
 
 

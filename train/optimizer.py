@@ -76,7 +76,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, skeleton: Skeleton) -> o
             optax.contrib.scale_by_muon(
                 beta=config.muon_momentum,
                 mu_dtype=jnp.dtype(config.moment_dtype),
-                weight_dimension_numbers=of_matrices,
+                weight_dimension_numbers=of_matrices,  # pyright: ignore[reportArgumentType]
             ),
             optax.add_decayed_weights(config.weight_decay),
             optax.scale_by_learning_rate(schedule(config, steps, config.muon_learning_rate)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -141,4 +142,4 @@ def with_weights(state: TrainState, weights: Arrays, source: str) -> TrainState:
             f"differ, the first is {name} {list(shape)}"
         )
     params = {name: jax.device_put(weights[name], leaf.sharding) for name, leaf in state.params.items()}
-    return state.replace(params=params)
+    return replace(state, params=params)
