@@ -89,5 +89,11 @@ def join_hosts() -> None:
     import jax
 
     workers = [name for name in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
-    if os.environ.get("JAX_COORDINATOR_ADDRESS") or len(workers) > 1:
+    if os.environ.get("JAX_NUM_PROCESSES"):
+        jax.distributed.initialize(
+            os.environ["JAX_COORDINATOR_ADDRESS"],
+            int(os.environ["JAX_NUM_PROCESSES"]),
+            int(os.environ["JAX_PROCESS_ID"]),
+        )
+    elif len(workers) > 1:
         jax.distributed.initialize()

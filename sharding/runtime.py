@@ -72,6 +72,8 @@ def configure_jax(cache_dir: str | Path | None = None) -> Path | None:
     jax.config.update("jax_compilation_cache_dir", str(directory) if directory else None)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+    # "float32" means float32 everywhere: not TF32 on a GPU, not bfloat16 passes on a TPU.
+    jax.config.update("jax_default_matmul_precision", "highest")
     # A process that was killed while it wrote leaves a torn entry: jax compiles afresh, and nobody needs to know.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
     # "Unable to initialize backend 'tpu'" and the like say nothing to somebody who has no TPU.
