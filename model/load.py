@@ -35,9 +35,11 @@ def read_config(run: Path) -> ModelConfig:
     """The model of a run, from its `config.json`. Raises UserError where that is damaged."""
     try:
         values = json.loads((run / "config.json").read_text())["run"]["model"]
-    except (ValueError, KeyError, TypeError) as exc:
-        raise UserError(f"{run / 'config.json'} is damaged: {exc}; it is written by `qmax train`") from exc
-    return ModelConfig.from_dict(values, str(run / "config.json"))
+        return ModelConfig.from_dict(values, str(run / "config.json"))
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise UserError(
+            f"{run / 'config.json'} is damaged ({exc}); `qmax train` writes it, and --resume again"
+        ) from exc
 
 
 def warn(sentence: str) -> None:

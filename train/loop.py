@@ -97,26 +97,29 @@ def validate(job: Job, step: Any, state: TrainState) -> dict[str, float]:
 
 def train(job: Job, *, resume: bool) -> dict[str, Any]:
     """Runs `job` to its last step, or until it is asked to stop; returns what the last record says."""
-    run = job.run
-    start = job.checkpoints.latest_good(say) if resume else None
+    run, start = job.run, job.resume_from
     if resume:
-        say(f"resuming {job.out} at step {start}" if start else f"nothing to resume in {job.out}: starting afresh")
-    with jax.set_mesh(job.mesh):
+        say(
+            f"nothing to resume in {job.out}: starting afresh"
+            if start is None
+            else f"resuming {job.out} at step {start}"
+        )
+    with jax.set_mesh(job.mesh), stop_on_signal() as stop:
         state = job.start() if start is None else job.restore(start)
         clock = Throughput()
         with (
             MetricsLog(job.out, resume_step=start) if jax.process_index() == 0 else nullcontext() as log,
             TrainProgress(run.steps, start or 0, run.objective) as bar,
-            stop_on_signal() as stop,
         ):
             recorder = Recorder(job, log, bar, clock)
             try:
                 done = run_steps(job, state, start or 0, recorder, stop)
             finally:
                 job.data.close()
-        job.checkpoints.close()
+                job.checkpoints.close()
     if stop.reason:
-        say(f"stopped by {stop.reason} at step {done} of {run.steps}; it is saved: go on with --resume")
+        saved = "it is saved: go on with --resume" if done else "there is nothing to save yet"
+        say(f"stopped by {stop.reason} at step {done} of {run.steps}; {saved}")
     return {"step": done, "first": recorder.first, "last": recorder.last, "stopped": stop.reason}
 
 
@@ -125,8 +128,9 @@ def run_steps(job: Job, state: TrainState, start: int, recorder: Recorder, stop:
     run = job.run
     step_function, validation = job.compiled_step(), job.compiled_validation()
     batches = job.data.train_batches(start, jax.process_index(), jax.process_count())
-    done = start
-    for done in range(start + 1, run.steps + 1):
+    done, asked = start, bool(stop.reason)
+    while done < run.steps and not asked:
+        done += 1
         rows = next(batches)
         tokens = int(np.count_nonzero(rows["segments"])) * jax.process_count()
         batch = job.place(rows)
@@ -140,12 +144,11 @@ def run_steps(job: Job, state: TrainState, start: int, recorder: Recorder, stop:
                 more = validate(job, validation, state)
             assert recorder.pending is not None
             recorder.pending.more |= more
-        if last or stop.reason or done % run.checkpoint.every == 0:
+        asked = bool(stop.reason)  # looked at once: who asks after this is heard after the next step
+        if last or asked or done % run.checkpoint.every == 0:
             recorder.flush()
             with recorder.clock.pause():
                 save(job, state, done, more.get("validation_loss"))
-        if stop.reason:
-            break
         job.checkpoints.check()
     return done
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from configs.override import apply_overrides, config_docstring, describe, find_config, load_config
@@ -48,11 +47,10 @@ def train_main(argv: list[str]) -> int:
     """The verb. Returns the exit code."""
     words = list(argv)
     if not words or words[0].startswith("-"):
-        asked = bool({"-h", "--help"} & set(words))
-        print(USAGE, file=sys.stdout if asked else sys.stderr)
-        if asked:
-            return 0
-        raise UserError("name a config, such as configs/tiny.py")
+        if not {"-h", "--help"} & set(words):
+            raise UserError("name a config, such as configs/tiny.py; qmax train --help explains")
+        print(USAGE)
+        return 0
     name = words.pop(0)
     if {"-h", "--help"} & set(words):
         print(f"{USAGE}\n\n{config_docstring(find_config(name))}\n\n{describe(load_config(name))}")
@@ -75,6 +73,12 @@ def train_run(run: Run, out: Path, *, resume: bool) -> dict[str, object]:
     configure_jax()
     join_hosts()
     from train.loop import train
-    from train.setup import prepare_job
+    from train.metrics import read_metrics
+    from train.setup import find_start, prepare_job, say
 
-    return train(prepare_job(run, out, resume=resume), resume=resume)
+    checkpoints, start = find_start(run, out, resume=resume)
+    if start is not None and start >= run.steps:
+        say(f"the run in {out} is finished, at step {start} of {run.steps}; a larger --steps goes on with it")
+        records = read_metrics(out) or [{}]
+        return {"step": start, "first": records[0], "last": records[-1], "stopped": ""}
+    return train(prepare_job(run, out, checkpoints, start), resume=resume)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from model.tree import Skeleton
 from sharding.mesh import make_mesh
 from sharding.rules import batch_sharding
 from train.data.loader import DataSets, open_data
+from train.data.sources import expand
+from train.data.system import explain_disk
 from train.losses import next_token
 from train.optimizer import make_optimizer
 from train.state import (
@@ -68,13 +71,31 @@ def resolve(run: Run, tokenizer: Tokenizer) -> Run:
     return run
 
 
-def open_tokenizer(run: Run, out: Path) -> Tokenizer:
-    """The tokenizer that the config names, else that of `init_from`, else the one kept in the run."""
+def open_tokenizer(run: Run, out: Path, start: int | None) -> Tokenizer:
+    """The tokenizer that the config names, else that of `init_from`, else the one kept in the run.
+
+    Raises:
+        UserError: there is none; it is not the one that the run was trained with, which stands at step `start`; or
+            its tokens are not those of `init_from`.
+    """
     kept = out / "tokenizer"
-    source = run.data.tokenizer or (os.path.join(run.init_from, "tokenizer") if run.init_from else "")
+    origin = os.path.join(run.init_from, "tokenizer") if run.init_from and start is None else ""
+    source = run.data.tokenizer or origin
     if not source and not kept.is_dir():
         raise UserError("data.tokenizer names no tokenizer; make one with `qmax tokenizer FILES... --out DIR`")
-    return Tokenizer.load(source or kept)
+    tokenizer = Tokenizer.load(source or kept)
+    if source and start is not None and kept.is_dir() and Tokenizer.load(kept).fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{out} was trained with another tokenizer than {source}; name the one in {kept}, or another --out"
+        )
+    if origin and source != origin:
+        before = Tokenizer.load(origin)
+        if any(before.token_bytes(i) != tokenizer.token_bytes(i) for i in range(before.vocab_size)):
+            raise UserError(
+                f"the tokens of {source} are not those that init_from={run.init_from} was trained with; leave "
+                "data.tokenizer empty to take its tokenizer"
+            )
+    return tokenizer
 
 
 @dataclass
@@ -88,7 +109,13 @@ class Job:
     mesh: jax.sharding.Mesh
     skeleton: Skeleton
     optimizer: optax.GradientTransformation
+    abstract: TrainState
+    """Shapes and shardings of the state."""
     checkpoints: Checkpoints
+    resume_from: int | None
+    """Step of the checkpoint to go on from; None to begin."""
+    origin: Origin | None
+    """Where the first weights come from; None for random ones."""
 
     def place(self, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This host's rows as part of the global batch, on the devices."""
@@ -107,11 +134,6 @@ class Job:
         loss = lambda model, rows, sums, before: next_token(model, rows, sums, before, self.run.loss)  # noqa: E731
         return jax.jit(make_validation_step(self.skeleton, loss))
 
-    @property
-    def abstract(self) -> TrainState:
-        """Shapes and shardings of the state."""
-        return abstract_state(self.run, self.skeleton, self.optimizer, self.mesh)
-
     def restore(self, step: int) -> TrainState:
         """The state of a checkpoint, laid out on this run's mesh."""
         return unflatten(self.abstract, self.checkpoints.restore(step, flatten(self.abstract)))
@@ -119,45 +141,123 @@ class Job:
     def start(self) -> TrainState:
         """The state before the first step, from scratch or from `init_from`."""
         state = create_state(self.run, self.skeleton, self.optimizer, self.mesh)
-        if not self.run.init_from:
+        if self.origin is None:
             return state
-        return with_weights(state, weights_of(self.run.init_from, state), self.run.init_from)
+        return with_weights(state, self.origin.weights(state), self.run.init_from)
 
 
-def weights_of(source: str, state: TrainState) -> dict[str, Any]:
-    """The weights of the newest good checkpoint of a run, laid out as those of `state`."""
-    checkpoints = Checkpoints(run_directory(source) / "checkpoints", keep=1)
-    step = checkpoints.latest_good(say)
-    if step is None:
-        raise UserError(f"init_from={source} has no complete checkpoint")
-    names = {f"params.{name}": leaf for name, leaf in state.params.items()}
-    asked = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for name, a in names.items()}
-    found = checkpoints.restore(step, asked, part=True)
-    return {name.removeprefix("params."): leaf for name, leaf in found.items()}
+@dataclass
+class Origin:
+    """The checkpoint of another run whose weights a run starts from."""
+
+    checkpoints: Checkpoints
+    step: int
+
+    @classmethod
+    def find(cls, source: str) -> Origin:
+        """The newest good checkpoint of the run `source`. Raises UserError where there is none."""
+        checkpoints = Checkpoints(run_directory(source) / "checkpoints", keep=1)
+        step = checkpoints.latest_good(say)
+        if step is None:
+            raise UserError(f"init_from={source} has no complete checkpoint")
+        return cls(checkpoints, step)
+
+    def weights(self, state: TrainState) -> dict[str, Any]:
+        """Its weights, laid out as those of `state`."""
+        asked = {
+            f"params.{name}": jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
+            for name, a in state.params.items()
+        }
+        found = self.checkpoints.restore(self.step, asked, part=True)
+        return {name.removeprefix("params."): leaf for name, leaf in found.items()}
 
 
-def prepare_job(run: Run, out: Path, *, resume: bool) -> Job:
-    """Opens tokenizer, data, mesh and checkpoints, and writes the run directory.
+def find_start(run: Run, out: Path, *, resume: bool) -> tuple[Checkpoints, int | None]:
+    """The checkpoints of the run in `out`, and the step of the newest good one if it is to be resumed.
 
     Raises:
-        UserError: the directory holds a run already and `resume` is not asked for; or anything that the
-            parts refuse.
+        UserError: the directory holds a run already and `resume` is not asked for.
     """
     checkpoints = Checkpoints(out / "checkpoints", keep=run.checkpoint.keep, tokenizer=out / "tokenizer")
-    if checkpoints.steps() and not resume:
+    if resume:
+        return checkpoints, checkpoints.latest_good(say)
+    if checkpoints.steps():
         raise UserError(
             f"{out} already holds a run at step {checkpoints.steps()[-1]}; add --resume to go on with it, or "
             "choose another directory with --out"
         )
-    tokenizer = open_tokenizer(run, out)
+    return checkpoints, None
+
+
+def prepare_job(run: Run, out: Path, checkpoints: Checkpoints, start: int | None) -> Job:
+    """Opens tokenizer, data and mesh, and writes the run directory once all of them are as they should be.
+
+    Args:
+        checkpoints, start: as `find_start` gives them.
+
+    Raises:
+        UserError: anything that the parts refuse; nothing is compiled before, and no run directory left behind.
+    """
+    cache = Path(run.data.cache) if run.data.cache else out / "data"
+    check_place(out, "--out")
+    check_place(cache, "data.cache")
+    origin = Origin.find(run.init_from) if run.init_from and start is None else None
+    tokenizer = open_tokenizer(run, out, start)
     run = resolve(run, tokenizer)
     mesh = make_mesh(run.mesh)
     skeleton = make_skeleton(run)
     optimizer = make_optimizer(run.optimizer, run.steps, skeleton)
-    if jax.process_index() == 0:
-        write_run(run, out, tokenizer)
-    data = open_data(run, tokenizer, Path(run.data.cache) if run.data.cache else out / "data")
-    return Job(run, out, tokenizer, data, mesh, skeleton, optimizer, checkpoints)
+    abstract = abstract_state(run, skeleton, optimizer, mesh)
+    if start is not None:
+        check_same(flatten(abstract), checkpoints.leaves(start), f"the run in {out}")
+    if origin is not None:
+        stored = origin.checkpoints.leaves(origin.step)
+        weights = {f"params.{name}": leaf for name, leaf in abstract.params.items()}
+        check_same(weights, {n: leaf for n, leaf in stored.items() if n.startswith("params.")}, run.init_from)
+    with nothing_left(out):
+        expand([*run.data.sources, *run.data.validation])
+        data = open_data(run, tokenizer, cache)
+        if jax.process_index() == 0:
+            with explain_disk(out, "free some and run again"):
+                write_run(run, out, tokenizer)
+    return Job(run, out, tokenizer, data, mesh, skeleton, optimizer, abstract, checkpoints, start, origin)
+
+
+def check_place(path: Path, option: str) -> None:
+    """Refuses a directory that cannot be made or written to."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"{there} is a file; choose another directory with {option}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"may not write to {there}; choose another directory with {option}")
+
+
+def check_same(asked: Mapping[str, Any], stored: Mapping[str, Any], what: str) -> None:
+    """Refuses arrays of other names, shapes or types than those that `what` has."""
+
+    def words(leaf: Any) -> str:
+        return "missing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
+
+    names = [n for n in sorted(asked.keys() | stored.keys()) if words(asked.get(n)) != words(stored.get(n))]
+    if names:
+        raise UserError(
+            f"{what} is of another architecture or optimizer than the config: {len(names)} arrays differ, the first "
+            f"is {names[0]}, {words(stored.get(names[0]))} there and {words(asked.get(names[0]))} here"
+        )
+
+
+@contextmanager
+def nothing_left(out: Path) -> Iterator[None]:
+    """Where the block refuses, removes the directories that it made; prepared text in them stays for the next time."""
+    made = not out.exists()
+    try:
+        yield
+    except UserError:
+        if made:
+            for place, _, _ in os.walk(out, topdown=False):
+                with suppress(OSError):
+                    os.rmdir(place)
+        raise
 
 
 def write_run(run: Run, out: Path, tokenizer: Tokenizer) -> None:

@@ -1,13 +1,13 @@
-"""Ends a run politely: the first signal asks, the second Ctrl-C insists."""
+"""Ends a run politely: the first signal asks, a second Ctrl-C insists."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 
 class StopRequest:
@@ -16,22 +16,38 @@ class StopRequest:
     def __init__(self) -> None:
         self.reason = ""
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
+    def take(self, number: int) -> None:
         """Notes the first signal; leaves at once on a second Ctrl-C (the last checkpoint is whole either way)."""
         if self.reason and number == signal.SIGINT:
             os._exit(130)
         self.reason = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        sys.stderr.write(f"\n{self.reason}: saving after this step; Ctrl-C again leaves at once\n")
+        print(f"\n{self.reason}: saving after this step; Ctrl-C leaves at once", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """SIGTERM and SIGINT set the request while the block runs; the previous handlers come back after it."""
+    """SIGTERM and SIGINT set the request while the block runs; the previous handlers come back after it.
+
+    A thread listens: Python runs handlers in the main thread alone, and that may sit in a compilation for minutes.
+    """
     request = StopRequest()
     numbers = (signal.SIGTERM, signal.SIGINT)
-    previous = [signal.signal(number, request.handle) for number in numbers]
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def listen() -> None:
+        while heard := os.read(reader, 1):
+            if heard[0] in numbers:
+                request.take(heard[0])
+        os.close(reader)
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    previous = [signal.signal(number, lambda *_: None) for number in numbers]
     try:
         yield request
     finally:
         for number, handler in zip(numbers, previous, strict=True):
             signal.signal(number, handler)
+        signal.set_wakeup_fd(before)
+        os.close(writer)

@@ -2,46 +2,45 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from terminal import Parser, write_json
 
-_EPILOG = """\
+_DESCRIPTION = """\
+Tokenises text once into sharded ArrayRecord, which training reads at random.
+
 SOURCES are files, globs or both: .txt (one document a file; large ones are cut at blank lines), .jsonl, .jsonl.gz,
 .jsonl.zst, .parquet, .arrayrecord. Rows for --objective pretrain hold {"text"}. Rows for --objective sft hold
 {"messages": [{"role", "content"}]}, {"conversations": [{"from", "value"}]} or {"instruction", "input", "output"}, with
 "tools" if there are any; loss falls on the assistant's turns alone.
 
 Killed or interrupted, the same command goes on where it was: at most one shard of work is lost, and the store comes out
-byte for byte as if nothing had happened.
-
-examples:
-  qmax prepare 'corpus/*.jsonl.zst' --tokenizer tok --out data/corpus
-  qmax prepare chats.jsonl --objective sft --tokenizer tok --out data/chats
-then name the directory in the config: data.sources=("data/corpus",)
+byte for byte as if nothing had happened. Then name the directory in the config: data.sources=("data/corpus",)
 """
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qmax prepare",
-        description="Tokenises text once into sharded ArrayRecord, which training reads at random.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _parser() -> Parser:
+    parser = Parser(
+        "prepare",
+        _DESCRIPTION,
+        [
+            "qmax prepare 'corpus/*.jsonl.zst' --tokenizer tok --out data/corpus",
+            "qmax prepare chats.jsonl --objective sft --tokenizer tok --out data/chats",
+        ],
     )
     parser.add_argument("sources", nargs="+", metavar="SOURCES", help="files or globs of text or conversations")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="holds tokenizer.model or tokenizer.json")
     parser.add_argument("--out", required=True, metavar="DIR", help="the store: new, or to be resumed")
     parser.add_argument("--objective", choices=("pretrain", "sft"), default="pretrain", help="default: pretrain")
-    parser.add_argument("--json", metavar="FILE", help="also writes the table to FILE as JSON")
     parser.add_argument("--max-bad-rows", type=int, default=100, metavar="N", help="malformed rows to skip (100)")
     parser.add_argument("--shard-tokens", type=int, metavar="N", help="tokens after which a shard ends (67 million)")
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes; 0 for none (default: by size of the input)"
     )
+    parser.add_json()
     return parser
 
 
@@ -74,7 +73,7 @@ def prepare_main(argv: list[str]) -> int:
     result = summary(store.meta, args.out)
     _print_table(result)
     if args.json:
-        _write_json(Path(args.json), result)
+        write_json(args.json, result)
     return 0
 
 
@@ -101,14 +100,3 @@ def _print_table(result: dict[str, Any]) -> None:
     for name, value in result.items():
         table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, (int, float)) else str(value))
     Console(file=sys.stdout).print(table)
-
-
-def _write_json(path: Path, result: dict[str, Any]) -> None:
-    import json
-
-    from train.data.system import explain_disk, write_atomic
-
-    if not path.parent.is_dir():
-        raise UserError(f"--json {path}: the directory {path.parent} does not exist")
-    with explain_disk(path, "choose another --json"):
-        write_atomic(path, json.dumps(result, indent=1).encode() + b"\n")
