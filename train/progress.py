@@ -54,7 +54,7 @@ class TrainProgress:
         self._note = "  ".join(parts) or self._note
         if self._bar is not None:
             self._bar.update(self._task, completed=step, note=self._note, left=self._left(now))
-        elif now - self._shown >= LINE_SECONDS:
+        elif now - self._shown >= LINE_SECONDS and step < self._total:
             self._line(now)
 
     def print(self, text: str) -> None:
