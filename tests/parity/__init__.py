@@ -1,0 +1,1 @@
+"""Comparison with Hugging Face transformers from the same weights."""
