@@ -21,7 +21,8 @@ class StopRequest:
         if self.reason and number == signal.SIGINT:
             os._exit(130)
         self.reason = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        print(f"\n{self.reason}: saving after this step; Ctrl-C leaves at once", file=sys.stderr, flush=True)
+        insist = "another Ctrl-C" if number == signal.SIGINT else "Ctrl-C"
+        print(f"\n{self.reason}: saving after this step; {insist} leaves at once", file=sys.stderr, flush=True)
 
 
 @contextmanager
