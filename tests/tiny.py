@@ -12,7 +12,7 @@ from configs.run import DataConfig, LossConfig, Run
 from model.config import ModelConfig, MoEConfig
 from train.losses import next_token
 from train.optimizer import make_optimizer
-from train.state import create_state, make_skeleton
+from train.state import TrainState, create_state, make_skeleton, state_shardings
 from train.step import make_train_step
 
 DENSE = ModelConfig(
@@ -68,13 +68,16 @@ def make_rows(run: Run, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 class Trainer:
-    """State and compiled step of a run on a mesh."""
+    """State (a given one, or a new one) and compiled step of a run on a mesh."""
 
-    def __init__(self, run: Run, mesh: jax.sharding.Mesh) -> None:
+    def __init__(self, run: Run, mesh: jax.sharding.Mesh, state: TrainState | None = None) -> None:
         self.run, self.mesh = run, mesh
         self.skeleton = make_skeleton(run)
         self.optimizer = make_optimizer(run.optimizer, run.steps, self.skeleton)
-        self.state = create_state(run, self.skeleton, self.optimizer, mesh)
+        if state is None:
+            self.state = create_state(run, self.skeleton, self.optimizer, mesh)
+        else:
+            self.state = jax.device_put(state, state_shardings(state, self.skeleton, mesh))
         self.step = jax.jit(make_train_step(run, self.skeleton, self.loss, self.optimizer))
 
     def loss(self, model: Any, rows: Any, sums: Any, before: Any) -> Any:
