@@ -140,6 +140,21 @@ def test_whichever_backend_is_chosen_is_the_reference(training: bool):
             assert np.abs(difference).max() <= 1e-4, (name, shape)
 
 
+def test_a_decoded_tokens_bits_do_not_depend_on_its_company():
+    """Nor on its place among them: neither what the others hold nor where they are sent matters."""
+    chosen = jax.jit(lambda *inputs: experts.run_experts(*inputs, training=False))
+    x_MD, weights_MC, params, other_MD = values(*SHAPES[0])
+    kinds = routings(*SHAPES[0])
+    ids_MC = kinds["uniform"]
+    alone = np.asarray(chosen(x_MD, ids_MC, weights_MC, params))[0]
+    for name, ids in kinds.items():
+        company = np.concatenate([ids_MC[:1], ids[1:]])
+        x = jnp.concatenate([x_MD[:1], other_MD[1:]])
+        shift = len(name) % 5
+        y_MD = chosen(*(jnp.roll(a, shift, axis=0) for a in (x, company, weights_MC)), params)
+        assert (y_MD[shift] == alone).all(), name
+
+
 def test_the_reference_by_hand():
     x_MD, weights_MC, params, _ = values(9, 3, 4)
     ids_MC = routings(9, 3, 4)["padding between"]
