@@ -31,13 +31,16 @@ def attend(
     A query that sees no key (padding) gets a finite, meaningless result.
     """
     batch, queries, heads, width = q_BTNH.shape
-    kv_heads = k_BKSH.shape[1]
-    q_BKGTH = q_BTNH.reshape(batch, queries, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
-    scores = jnp.einsum("bkgth,bksh->bkgts", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(visible_BTS[:, None, None], scores, MASKED)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
-    out_BKGTH = jnp.einsum("bkgts,bksh->bkgth", probabilities, v_BKSH)
-    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, width)
+    kv_heads, keys = k_BKSH.shape[1:3]
+    grouped = (batch, kv_heads, heads // kv_heads, queries)
+    # Queries that read the same keys form one dimension, X = G * T: with two, XLA transposes the keys first.
+    q_BKGTH = q_BTNH.reshape(batch, queries, *grouped[1:3], width).transpose(0, 2, 3, 1, 4)
+    q_BKXH = q_BKGTH.reshape(batch, kv_heads, -1, width)
+    scores = jnp.einsum("bkxh,bksh->bkxs", q_BKXH, k_BKSH, preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(visible_BTS[:, None, None], scores.reshape(*grouped, keys), MASKED)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype).reshape(batch, kv_heads, -1, keys)
+    out_BKXH = jnp.einsum("bkxs,bksh->bkxh", probabilities, v_BKSH)
+    return out_BKXH.reshape(*grouped, width).transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, width)
 
 
 class Mask:
@@ -140,4 +143,6 @@ class Attention(nnx.Module):
             gate_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, self.gate_DNH[...].astype(x_BTD.dtype))
             out_BTNH = out_BTNH * jax.nn.sigmoid(gate_BTNH)
         out_BTNH = constrain(out_BTNH, "batch", "length", "heads", "head_dim")
-        return jnp.einsum("btnh,nhd->btd", out_BTNH, self.o_NHD[...].astype(x_BTD.dtype)), stored
+        # A plain product: as an einsum over two dimensions XLA transposes the weight at every decode step.
+        o_XD = self.o_NHD[...].astype(x_BTD.dtype).reshape(-1, x_BTD.shape[-1])
+        return out_BTNH.reshape(*x_BTD.shape[:2], -1) @ o_XD, stored

@@ -48,5 +48,9 @@ def write_positions(lengths_B: Array, segments_BT: Array, capacity: int) -> Int[
 
 def write(stored_BKSH: jax.Array, new_BTKH: jax.Array, index_BT: jax.Array) -> jax.Array:
     """`stored` with `new` written at `index` of each row; out-of-range positions are dropped."""
+    if index_BT.size == 1:
+        # XLA makes a slice update of a single write, and copies the whole cache around it; two it does in place.
+        index_BT = jnp.concatenate([index_BT, jnp.full_like(index_BT, stored_BKSH.shape[2])], axis=1)
+        new_BTKH = jnp.concatenate([new_BTKH, new_BTKH], axis=1)
     rows_B1 = jnp.arange(stored_BKSH.shape[0])[:, None]
     return stored_BKSH.at[rows_B1, :, index_BT].set(new_BTKH.astype(stored_BKSH.dtype), mode="drop")

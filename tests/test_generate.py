@@ -6,6 +6,8 @@ were as good as equal.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -173,15 +175,20 @@ def test_nothing_is_compiled_after_the_first_wave(generator: Generator) -> None:
     assert seen == []
 
 
-def test_the_cache_is_updated_in_place(generator: Generator) -> None:
-    """What a decode step returns lies in the buffers that it was given."""
-    rows = Rows(sampling_arrays([GREEDY] * 4), jnp.full((4, 4), -1), jnp.full(4, 9))
-    tokens, lengths = np.ones((4, 16), np.int32), np.full(4, 5, np.int32)
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_cache_is_updated_in_place(generator: Generator, count: int) -> None:
+    """What a decode step returns lies in the buffers that it was given, and nothing copies or transposes them."""
+    rows = Rows(sampling_arrays([GREEDY] * count), jnp.full((count, 4), -1), jnp.full(count, 9))
+    tokens, lengths = np.ones((count, 16), np.int32), np.full(count, 5, np.int32)
     state, _ = generator.prefill_step(generator.leaves, tokens, lengths, rows, capacity=128)
-    memory = generator.decode_step.lower(generator.leaves, state, rows).compile().memory_analysis()
+    compiled = generator.decode_step.lower(generator.leaves, state, rows).compile()
+    memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 1024
+    results = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose)\(", compiled.as_text())
+    moved = [shape for shape in results if math.prod(map(int, shape.split(","))) == state.cache.keys[0].size]
+    assert moved == []
     before = state.cache.keys[0].unsafe_buffer_pointer()
     after, _ = generator.decode_step(generator.leaves, state, rows)
     assert after.cache.keys[0].unsafe_buffer_pointer() == before
