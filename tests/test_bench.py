@@ -1,0 +1,112 @@
+"""Law: the benchmark's arithmetic is the model's own, and each of our measurements runs and compiles nothing late."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+from bench import __main__ as bench
+from bench import ours, peer_maxtext, table, timing
+from bench.parts import parts
+from bench.processes import MeasurementError, run_job
+from bench.shapes import BYTES, SHAPES, TOY, Limits
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "LEAST_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "multiplied", "megaflops", "one", "sixteen"),
+    [("T", 9.18e6, 3.43e6, 7.65, 14.5, 44.9), ("S", 190.2e6, 41.7e6, 86.5, 170.0, 674.0)],
+)
+def test_shapes_cost_what_they_should(
+    name: str, total: float, multiplied: float, megaflops: float, one: float, sixteen: float
+) -> None:
+    shape, model = SHAPES[name], SHAPES[name].model
+    assert model.parameters_total == pytest.approx(total, rel=2e-3)
+    assert model.parameters_active - shape.head_parameters == pytest.approx(multiplied, rel=3e-3)
+    assert model.flops_per_token(shape.decode_context) / 1e6 == pytest.approx(megaflops, rel=2e-3)
+    assert shape.decode_bytes(1) / 1e6 == pytest.approx(one, rel=5e-3)
+    assert shape.decode_bytes(16) / 1e6 == pytest.approx(sixteen, rel=5e-3)
+
+
+def test_decoding_reads_the_active_weights_and_the_cache() -> None:
+    for shape in SHAPES.values():
+        model = shape.model
+        norms = model.hidden_size + model.num_layers * 2 * (model.hidden_size + model.head_dim)
+        weights = model.parameters_active - shape.head_parameters - norms
+        cache = shape.decode_context * model.kv_bytes_per_token(BYTES)
+        assert shape.decode_bytes(1) == pytest.approx(weights * BYTES + cache)
+        assert shape.distinct_experts(10**6) == pytest.approx(model.moe.num_experts)
+
+
+def test_bounds_scale_with_the_machine() -> None:
+    slow, fast = Limits(1e11, 1e10), Limits(2e11, 2e10)
+    for shape in SHAPES.values():
+        for bound in (shape.train_bound, shape.prefill_bound, lambda limits, s=shape: s.decode_bound(16, limits)):
+            assert bound(fast) == pytest.approx(2 * bound(slow))
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"what": "train", "shape": "toy", "repeats": 2},
+        {"what": "decode", "shape": "toy", "repeats": 2, "rows": 2},
+        {"what": "prefill", "shape": "toy", "repeats": 2},
+    ],
+    ids=lambda job: job["what"],
+)
+def test_measurements_run_and_compile_nothing_late(job: dict[str, Any]) -> None:
+    found = ours.measure(job)
+    assert len(found["rates"]) == 2
+    assert found["compilations_after_warmup"] == 0
+    assert found.get("step_compilations", 1) == 1
+
+
+def test_loss_is_measured() -> None:
+    found = ours.loss(repeats=1, width=16, vocab=2048, tokens=64)
+    assert found["temporary_share"] * 64 * 2048 * BYTES == found["temporary_bytes"] > 0
+    assert found["rates"][0] > 0 and found["at_once_rates"][0] > 0
+
+
+def test_parts_add_up() -> None:
+    seconds = parts(TOY, repeats=1)["seconds"]
+    assert seconds["step"] == pytest.approx(sum(value for name, value in seconds.items() if name != "step"))
+
+
+def test_a_child_gives_its_last_line_or_a_reason() -> None:
+    command = [sys.executable, "-c"]
+    code = "import json, time; t = time.monotonic; b = t(); time.sleep(0.4); print(json.dumps({'spans': [[b, t()]]}))"
+    assert run_job([*command, code], {}, {})["other_cpu"] >= 0
+    with pytest.raises(MeasurementError, match="no room"):
+        run_job([*command, "raise SystemExit('no room')"], {}, {})
+    with pytest.raises(MeasurementError, match="does not run"):
+        run_job(["/nowhere/python"], {}, {})
+
+
+def test_the_log_of_maxtext_is_read() -> None:
+    log = [(float(i), f"metric_logger.py:265] completed step: {i}, seconds: 2.000, loss: 8.8") for i in range(6)]
+    found = peer_maxtext.read(TOY, log)
+    assert found["rates"] == [TOY.tokens / 2] * 3
+    with pytest.raises(ValueError, match="a reason"):
+        peer_maxtext.read(TOY, [(0.0, "a reason"), (1.0, "")])
+
+
+def test_the_page_names_ratios_and_noise() -> None:
+    ours_rounds = [{"rates": [100.0], "other_cpu": 0.01, "compilations_after_warmup": 0}] * 3
+    peer = {"name": "peer", "required": 0.8, "rounds": [{"rates": [rate], "other_cpu": 0.5} for rate in (50, 80, 200)]}
+    entry = {"what": "train", "shape": "T", "ours": ours_rounds, "peers": [peer], "bound": 400.0}
+    limits = {"device": "cpu", "bandwidth": 2e10, "flops": 1e11, "versions": {}}
+    machine = table.describe(limits, {"peer": "1.0"})
+    page = table.page({"machine": machine, "measured": [entry], "parts": {}, "loss": [], "notes": ["one: why"]})
+    assert "| ~ train | T | 100 (0%) | peer | 80 (188%) | 1.25 | 0.80 | 25% | 0.01 / 0.50 |" in page
+    assert "- one: why" in page
+
+
+def test_bad_options_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--shape", "T,U"]) == 2
+    assert "'U'" in capsys.readouterr().err
