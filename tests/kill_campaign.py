@@ -230,7 +230,7 @@ def main() -> None:
         config = args.config or write_project(place)
         began = time.monotonic()
         finish(start(config, place / "undisturbed", "--steps", str(args.steps), *words))
-        undisturbed = time.monotonic() - began
+        undisturbed, began = time.monotonic() - began, time.monotonic()
         done = campaign(
             config,
             place / "killed",
@@ -243,10 +243,10 @@ def main() -> None:
         print_table([(number, *kill.row) for number, kill in enumerate(done, 1)], HEADER)
         leaves = assert_same(place / "killed", place / "undisturbed")
         torn = sum(bool(kill.torn) for kill in done)
-        print(f"{len(done)} kills, {torn} of them during a save; then {args.steps} steps were done.")
-        print(f"Same hash of each of {leaves} leaves, and each step once with the same values in metrics.jsonl,")
+        print(f"{len(done)} kills, {torn} of them during a save, and {args.steps} steps all the same: each of")
+        print(f"{leaves} arrays has the hash, and metrics.jsonl has each step once with the values, of a run that")
         print(
-            f"as of a run that nobody disturbed ({undisturbed:.0f} s; with the kills {time.monotonic() - began:.0f} s)."
+            f"nobody disturbed. Seconds: {undisturbed:.0f} undisturbed, {time.monotonic() - began:.0f} with the kills."
         )
 
 

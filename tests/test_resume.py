@@ -174,7 +174,7 @@ def test_ctrl_c_in_a_terminal(config: Path, pretrained: Path, tmp_path: Path) ->
     out = tmp_path / "run"
     first = start(config, out, *SHORT, "--data.workers", "2")
     deadline = time.monotonic() + 120
-    while step_of(out) < 2 and first.poll() is None and time.monotonic() < deadline:
+    while step_of(out) < 1 and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     os.killpg(first.pid, signal.SIGINT)
     said = finish(first)
