@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from errors import UserError
 from model.config import ModelConfig
 from sharding.mesh import MeshConfig
+
+
+def check_range(part: object, prefix: str, lowest: float, *names: str) -> None:
+    """Refuses fields of `part` that are less than `lowest`."""
+    for name in names:
+        if not getattr(part, name) >= lowest:
+            raise UserError(f"{prefix}{name}={getattr(part, name)} must be at least {lowest}")
 
 
 @dataclass(frozen=True)
@@ -42,9 +50,8 @@ class DataConfig:
             )
         if any(w < 0 for w in self.weights) or (self.weights and not sum(self.weights) > 0):
             raise UserError("data.weights must not be negative and must not all be zero")
-        for name in ("sequence_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"data.{name}={getattr(self, name)} must be at least 1")
+        check_range(self, "data.", 1, "sequence_length", "batch_size")
+        check_range(self, "data.", 0, "workers", "max_bad_rows")
         if not 0 <= self.validation_fraction < 1:
             raise UserError(f"data.validation_fraction={self.validation_fraction} must lie in [0, 1)")
 
@@ -82,6 +89,18 @@ class OptimizerConfig:
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """How the running mean of gradients is stored."""
 
+    def __post_init__(self) -> None:
+        check_range(self, "optimizer.", 0, "warmup_steps", "eps", "weight_decay", "clip_norm")
+        for name in ("learning_rate", "muon_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"optimizer.{name}={getattr(self, name)} must be positive and finite")
+        for name in ("beta1", "beta2", "muon_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1)")
+        for name in ("decay_fraction", "final_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1]")
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -105,6 +124,9 @@ class CheckpointConfig:
     """Steps between saves; a save also happens at the end and on SIGTERM or Ctrl-C."""
     keep: int = 2
     """Newest checkpoints kept; the one with the best validation loss is kept beside them."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "checkpoint.", 1, "every", "keep")
 
 
 @dataclass(frozen=True)
@@ -153,9 +175,8 @@ class Run:
     """Run directory; empty means runs/ and the name of the config."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        check_range(self, "", 1, "steps", "accumulate", "log_every", "max_bad_steps")
+        check_range(self, "", 0, "validate_every", "validation_batches", "spike_factor", "seed")
         if self.data.batch_size % self.accumulate:
             raise UserError(f"data.batch_size={self.data.batch_size} does not divide by accumulate={self.accumulate}")
         rows = self.data.batch_size // self.accumulate

@@ -38,6 +38,8 @@ class RopeConfig:
     """Llama 3: wavelengths below `original_max_positions / high_freq_factor` are left alone."""
 
     def __post_init__(self) -> None:
+        if self.theta <= 0:
+            raise UserError(f"model.rope.theta={self.theta} must be positive")
         if self.scaling != "none" and not (self.factor >= 1 and self.original_max_positions > 0):
             raise UserError(
                 f"model.rope.scaling={self.scaling} needs factor >= 1 (is {self.factor}) and "
@@ -79,8 +81,11 @@ class MoEConfig:
     def __post_init__(self) -> None:
         if not self.num_experts:
             return
-        if self.intermediate_size <= 0:
-            raise UserError("model.moe.intermediate_size must be positive when model.moe.num_experts is")
+        for name in ("num_experts", "intermediate_size", "num_groups", "every"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"model.moe.{name}={getattr(self, name)} must be positive in a mixture of experts")
+        if self.shared_intermediate_size < 0:
+            raise UserError(f"model.moe.shared_intermediate_size={self.shared_intermediate_size} must not be negative")
         if not 0 < self.experts_per_token <= self.num_experts:
             raise UserError(
                 f"model.moe.experts_per_token={self.experts_per_token} must lie between 1 and "
@@ -145,6 +150,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"model.head_dim={self.head_dim} must be even for rotary positions")
+        if self.vocab_size < 0:
+            raise UserError(f"model.vocab_size={self.vocab_size} must not be negative")
+        if self.num_moe_layers < self.num_layers and self.intermediate_size <= 0:
+            raise UserError(f"model.intermediate_size={self.intermediate_size} must be positive for the dense layers")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> ModelConfig:

@@ -24,6 +24,8 @@ __all__ = ["MetricsLog", "Throughput", "device_peak_flops", "memory_in_use", "re
 NAME = "metrics.jsonl"
 ARRAY_NUMBERS = 512
 """Numbers of an array that a line holds on average; larger arrays are written every few steps."""
+FLUSH_SECONDS = 10.0
+"""How old what TensorBoard sees may be."""
 
 
 class MetricsLog:
@@ -49,17 +51,8 @@ class MetricsLog:
             _replace(self._path, "".join(kept))
             # Unbuffered: a line is one write, and a refused one does not come back when the file is closed.
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
-        if tensorboard:
-            # Imported here: a run without events should not pay for protobuf.
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(
-                logdir=str(self._path.parent / "tensorboard"),
-                purge_step=self._last_step + 1,
-                flush_secs=10,
-                # Its own names count seconds: a run resumed within one would overwrite its past.
-                filename_suffix=f".{time.time_ns()}",
-            )
+            if tensorboard:
+                self._events = Events(self._path.parent / "tensorboard", self._last_step + 1)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line, at once.
@@ -89,7 +82,7 @@ class MetricsLog:
         with _writing(self._path):
             self._append((json.dumps(record, allow_nan=False) + "\n").encode())
             if self._events is not None:
-                self._add_events(step, record)
+                self._events.add(step, record)
         self._last_step, self._first = step, False
 
     def close(self) -> None:
@@ -115,10 +108,45 @@ class MetricsLog:
         every = math.ceil(np.size(value) / ARRAY_NUMBERS)
         return every <= 1 or self._first or step % every == 0
 
-    def _add_events(self, step: int, record: Mapping[str, Any]) -> None:
+
+class Events:
+    """TensorBoard events, written in the calling thread: the usual writer's own thread dies with a full disk, and the
+    run would wait for it for ever.
+
+    Args:
+        directory: made if missing.
+        first_step: what earlier files say of it and of later steps is forgotten.
+    """
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        # Imported here: a run without events should not pay for protobuf.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.summary import scalar
+
+        self._messages: Any = event_pb2
+        self._scalar = scalar
+        directory.mkdir(parents=True, exist_ok=True)
+        # Its own names count seconds: a run resumed within one would overwrite its past.
+        self._writer = EventsWriter(str(directory / "events"), f".{time.time_ns()}")
+        self._write(first_step, session_log=self._messages.SessionLog(status=self._messages.SessionLog.START))
+        self._flushed = 0.0
+
+    def add(self, step: int, record: Mapping[str, Any]) -> None:
+        """Writes the numbers of a record. OSError: the disk refuses them."""
         for name, value in record.items():
             if isinstance(value, (int, float)) and name not in ("step", "time", "resumed_from"):
-                self._events.add_scalar(name, value, step)
+                self._write(step, summary=self._scalar(name, value))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Flushes and closes the file. OSError: the disk refuses what was left."""
+        self._writer.close()
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._writer.write_event(self._messages.Event(wall_time=time.time(), step=step, **content))
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import itertools
 import json
-import logging
 import math
 import os
 import re
@@ -28,7 +27,7 @@ import numpy as np
 from errors import UserError
 from model.checkpoint import manifest
 from model.checkpoint.leaves import describe, empty, filled, flatten, leaf_hashes, nest, own_copies, words
-from model.checkpoint.storage import Lock, demand_space, quiet, reason
+from model.checkpoint.storage import Lock, demand_space, quieten, reason
 
 __all__ = ["CheckpointError", "Checkpoints", "leaf_hashes"]
 
@@ -157,7 +156,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         if self._writer is None:
-            logging.getLogger("absl").addFilter(quiet)  # once, however often it is added
+            quieten()
             # Weights are noise to zstd: it saves 7 % of the bytes and takes four times as long.
             handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
             self._writer = ocp.AsyncCheckpointer(handler, async_options=ocp.AsyncOptions(timeout_secs=WRITE_SECONDS))

@@ -7,11 +7,16 @@ import fcntl
 import logging
 import os
 import shutil
+import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 from weakref import WeakValueDictionary
+
+SPARE_BYTES = 1 << 18
+"""What a checkpoint may need beyond its arrays: manifest, tokenizer, the storage layer's own tables."""
 
 _HERE: WeakValueDictionary[Path, Lock] = WeakValueDictionary()
 """Locks of this process: the system's record locks never refuse the process that holds them."""
@@ -59,8 +64,8 @@ class Lock:
 
 
 def demand_space(directory: Path, size: int) -> None:
-    """Raises OSError (disk full) now if `size` bytes do not fit, rather than half-way through writing them."""
-    if shutil.disk_usage(directory).free < size:
+    """Raises OSError (disk full) now if arrays of `size` bytes do not fit, rather than half-way through writing."""
+    if shutil.disk_usage(directory).free < size + size // 20 + SPARE_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -79,6 +84,34 @@ def reason(exc: BaseException) -> tuple[str, str]:
     return f"{type(exc).__name__}: {first[:200]}", "mend the cause and resume"
 
 
-def quiet(record: logging.LogRecord) -> bool:
-    """Drops Orbax's own lines (a full disk is a traceback there): what matters is raised as one sentence."""
+def quieten() -> None:
+    """Keeps the storage layer's own words off the terminal: a failed write is pages there, and one sentence here.
+
+    Safe to call again and again.
+    """
+    logging.getLogger("absl").addFilter(_of_orbax)
+    logging.getLogger("asyncio").addFilter(_of_others)
+    if not isinstance(sys.unraisablehook, _Hook):
+        sys.unraisablehook = _Hook(sys.unraisablehook)
+
+
+def _of_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname or record.levelno < logging.INFO
+
+
+def _of_others(record: logging.LogRecord) -> bool:
+    """Drops what asyncio says of writes that failed after the first one had; that one is raised."""
+    trace = record.exc_info[2] if isinstance(record.exc_info, tuple) else None
+    return not any("orbax" in frame.filename for frame in traceback.extract_tb(trace))
+
+
+class _Hook:
+    """An unraisablehook without what tensorstore tells, from its own threads, of writes that end after their loop."""
+
+    def __init__(self, inner: Callable[[sys.UnraisableHookArgs], object]) -> None:
+        self._inner = inner
+
+    def __call__(self, told: sys.UnraisableHookArgs) -> None:
+        outermost = told.exc_traceback.tb_frame.f_code.co_filename if told.exc_traceback else ""
+        if str(told.exc_value) != "Event loop is closed" or "asyncio" not in outermost:
+            self._inner(told)

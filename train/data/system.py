@@ -66,17 +66,18 @@ def explain_disk(path: Path, then: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"no space left on the disk of {path}; {then}") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise UserError(f"may not write to {path} ({error.strerror}); choose another place") from error
         raise
 
 
 def serve_parent() -> None:
-    """Called first in a worker process: Ctrl-C is the parent's business, and the worker ends when the parent does.
+    """Called first in a worker process: signals are the parent's business, and the worker ends when the parent does.
 
     A parent killed with -9 cannot tell its workers, so a thread looks whether it is still there.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # both may be sent to the whole process group
+        signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
 
     def watch() -> None:
