@@ -42,20 +42,18 @@ def run_child(
         )
     except OSError as exc:
         raise MeasurementError(f"{command[0]} does not run: {exc.strerror}") from exc
-    observer = Observer(child.pid)
-    late = threading.Timer(MINUTES * 60, child.kill)
-    late.start()
-    lines: list[tuple[float, str]] = []
-    try:
-        assert child.stdout is not None
-        lines += [(time.monotonic(), line.rstrip()) for line in child.stdout]
-        code = child.wait()
-    finally:
-        late.cancel()
-        if child.poll() is None:
+    with child:
+        observer = Observer(child.pid)
+        late = threading.Timer(MINUTES * 60, child.kill)
+        late.start()
+        try:
+            assert child.stdout is not None
+            lines = [(time.monotonic(), line.rstrip()) for line in child.stdout]
+            code = child.wait()
+        finally:
+            late.cancel()
             child.kill()
-            child.wait()
-        observer.close()
+            observer.close()
     if code:
         last = next((line for _, line in reversed(lines) if line.strip()), "it printed nothing")
         raise MeasurementError(f"it was killed by signal {-code}" if code < 0 else last[:300])
