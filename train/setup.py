@@ -21,13 +21,14 @@ from errors import UserError
 from model.checkpoint.checkpoints import Checkpoints
 from model.load import run_directory
 from model.tokenizer import Tokenizer
+from model.transformer import Transformer
 from model.tree import Skeleton
 from sharding.mesh import make_mesh
 from sharding.rules import batch_sharding
 from train.data.loader import DataSets, open_data
 from train.data.sources import expand
 from train.data.system import explain_disk
-from train.losses import next_token
+from train.losses import Parts, Totals, next_token
 from train.optimizer import make_optimizer
 from train.state import (
     TrainState,
@@ -122,17 +123,21 @@ class Job:
         sharding = batch_sharding(self.mesh)
         return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in rows.items()}
 
+    def loss(
+        self, model: Transformer, rows: dict[str, jax.Array], sums: Totals, before: Parts
+    ) -> tuple[jax.Array, Parts]:
+        """The loss of one micro-batch, with this run's weights of its parts."""
+        return next_token(model, rows, sums, before, self.run.loss)
+
     def compiled_step(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
         """The train step, compiled at its first call; the state that it is given is used up."""
-        loss = lambda model, rows, sums, before: next_token(model, rows, sums, before, self.run.loss)  # noqa: E731
-        step = make_train_step(self.run, self.skeleton, loss, self.optimizer)
+        step = make_train_step(self.run, self.skeleton, self.loss, self.optimizer)
         layout = jax.tree.map(lambda a: a.sharding, self.abstract)
         return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
 
     def compiled_validation(self) -> Callable[..., jax.Array]:
         """The validation step, compiled at its first call."""
-        loss = lambda model, rows, sums, before: next_token(model, rows, sums, before, self.run.loss)  # noqa: E731
-        return jax.jit(make_validation_step(self.skeleton, loss))
+        return jax.jit(make_validation_step(self.skeleton, self.loss))
 
     def restore(self, step: int) -> TrainState:
         """The state of a checkpoint, laid out on this run's mesh."""
