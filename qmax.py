@@ -40,6 +40,15 @@ OWN_PACKAGES = ("model", "sharding", "train", "serve", "configs", "errors", "ter
 MEMORY_HELP = "lower data.batch_size or data.sequence_length, raise accumulate, or set remat to block"
 
 
+def run() -> int:
+    """The program: `main` in a process whose memory suits it."""
+    from sharding.runtime import restart_with_huge_pages
+
+    if set(sys.argv[1:]).isdisjoint(("-h", "--help", "--version")) and len(sys.argv) > 1:
+        restart_with_huge_pages()
+    return main()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns the exit code: 0 done, 1 failed, 2 for what the user can mend."""
     words, debug = _take_debug(sys.argv[1:] if argv is None else argv)
@@ -138,4 +147,4 @@ def _largest_buffer(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

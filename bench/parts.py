@@ -72,9 +72,9 @@ def experts_part(shape: Shape) -> Callable[[], Any]:
 def attention_part(shape: Shape) -> Callable[[], Any]:
     """Projections, rotation and attention of one layer."""
     model, rows = shape.model, make_rows(shape)
-    rope = rope_tables(model.rope, model.head_dim, jnp.asarray(rows["positions"]), jnp.dtype("float32"))
+    rope = rope_tables(model.rope, model.rotary_dim, jnp.asarray(rows["positions"]), jnp.dtype("float32"))
     index, segments = jnp.asarray(rows["positions"]), jnp.asarray(rows["segments"])
-    module = Attention(model, nnx.Rngs(0))
+    module = Attention(model, 0, nnx.Rngs(0))
     return backward(module, shape, lambda attention, x: attention(x, rope, Mask(index, segments, shape.seq))[0])
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from bench import peer_maxtext
 from bench.shapes import Shape
 from bench.timing import Observer
+from sharding.runtime import with_huge_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -85,7 +86,11 @@ def run_ours(job: dict[str, Any], cache: str, devices: int = 1) -> dict[str, Any
     Raises:
         MeasurementError: it gave no result.
     """
-    environment = {"JAX_COMPILATION_CACHE_DIR": cache, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "GLIBC_TUNABLES": with_huge_pages(),  # as `qmax` starts itself
+    }
     if devices > 1:
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     return run_job([sys.executable, "-m", "bench.ours"], job, environment)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,33 +21,87 @@ MASKED = -1e30
 QUERY_BLOCK = 512
 """Queries attended at a time: scores of longer sequences are never all in memory."""
 
+SECTIONS, SMALLEST_SECTION = 8, 128
+"""Most parts that causal queries are cut into, each reading only the keys it can see; and queries worth a part."""
+
 
 def attend(
     q_BTNH: Float[Array, "B T N H"],
     k_BKSH: Float[Array, "B K S H"],
-    v_BKSH: Float[Array, "B K S H"],
+    v_BKSI: Float[Array, "B K S I"],
     visible_BTS: Array,
     scale: float,
-) -> Float[Array, "B T N H"]:
+    sinks_N: Float[Array, " N"] | None = None,
+) -> Float[Array, "B T N I"]:
     """Softmax attention, scores in float32; query head n reads key/value head n // (N / K).
 
-    A query that sees no key (padding) gets a finite, meaningless result.
+    A sink is one more logit of each query's softmax, with a value of zero (StreamingLLM, arXiv 2309.17453; learnt
+    in gpt-oss). A query that sees no key (padding) gets a finite, meaningless result.
     """
-    batch, queries, heads, width = q_BTNH.shape
-    kv_heads, keys = k_BKSH.shape[1:3]
-    grouped = (batch, kv_heads, heads // kv_heads, queries)
-    # Queries that read the same keys form one dimension, X = G * T: with two, XLA transposes the keys first.
-    q_BKGTH = q_BTNH.reshape(batch, queries, *grouped[1:3], width).transpose(0, 2, 3, 1, 4)
-    q_BKXH = q_BKGTH.reshape(batch, kv_heads, -1, width)
-    scores = jnp.einsum("bkxh,bksh->bkxs", q_BKXH, k_BKSH, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(visible_BTS[:, None, None], scores.reshape(*grouped, keys), MASKED)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype).reshape(batch, kv_heads, -1, keys)
-    out_BKXH = jnp.einsum("bkxs,bksh->bkxh", probabilities, v_BKSH)
-    return out_BKXH.reshape(*grouped, width).transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, width)
+    batch, queries, heads, _ = q_BTNH.shape
+    kv_heads = k_BKSH.shape[1]
+    grouped = (batch, queries, kv_heads, heads // kv_heads, -1)
+    q_BKGTH = (q_BTNH * scale).reshape(grouped).transpose(0, 2, 3, 1, 4)
+    sinks_KG11 = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(kv_heads, -1, 1, 1)
+    out_BKGTI = _attend(q_BKGTH, k_BKSH, v_BKSI, visible_BTS[:, None, None], sinks_KG11)
+    return out_BKGTI.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, -1)
+
+
+@jax.custom_vjp
+def _attend(q: Array, k: Array, v: Array, visible: Array, sinks: Array | None) -> Array:
+    """`attend` on `[B, K, G, T, H]` queries that are scaled already.
+
+    The gradient is written out (FlashAttention, arXiv 2205.14135, appendix B.2): weights are kept before they are
+    divided by their sum, and one pass over them makes the gradient of the scores.
+    """
+    return _attend_forward(q, k, v, visible, sinks)[0]
+
+
+def _products(equation: str, x_BKGTa: Array, y_BKSH: Array, dtype: Any) -> Array:
+    """A product over grouped queries. G and T form one dimension: with two, XLA transposes the keys first."""
+    groups, queries = x_BKGTa.shape[2:4]
+    x = x_BKGTa.reshape(*x_BKGTa.shape[:2], groups * queries, -1)
+    out = jnp.einsum(equation, x, y_BKSH, preferred_element_type=dtype)
+    return out.reshape(*out.shape[:2], groups, queries, -1)
+
+
+def _attend_forward(q: Array, k: Array, v: Array, visible: Array, sinks: Array | None) -> tuple[Array, tuple]:
+    scores = jnp.where(visible, _products("bkxh,bksh->bkxs", q, k, jnp.float32), MASKED)
+    top = scores.max(-1, keepdims=True)
+    top = top if sinks is None else jnp.maximum(top, sinks)
+    shares = jnp.exp(scores - top)
+    total = shares.sum(-1, keepdims=True)
+    sink_shares = None if sinks is None else jnp.exp(sinks - top)
+    total = total if sink_shares is None else total + sink_shares
+    shares = shares.astype(v.dtype)
+    out = (_products("bkxs,bksi->bkxi", shares, v, jnp.float32) / total).astype(q.dtype)
+    return out, (q, k, v, shares, total, sink_shares, out)
+
+
+def _attend_backward(saved: tuple, d_out: Array) -> tuple:
+    q, k, v, shares, total, sink_shares, out = saved
+    d_out = d_out.astype(jnp.float32) / total
+    delta = jnp.sum(d_out * out, axis=-1, keepdims=True)
+    d_out = d_out.astype(v.dtype)
+    d_shares = _products("bkxi,bksi->bkxs", d_out, v, jnp.float32)
+    d_scores = (shares * (d_shares - delta)).astype(q.dtype)
+    d_q = _products("bkxs,bksh->bkxh", d_scores, k, q.dtype)
+    flat = (*q.shape[:2], q.shape[2] * q.shape[3], -1)
+    d_k = jnp.einsum("bkxs,bkxh->bksh", d_scores.reshape(flat), q.reshape(flat)).astype(k.dtype)
+    d_v = jnp.einsum("bkxs,bkxi->bksi", shares.reshape(flat), d_out.reshape(flat)).astype(v.dtype)
+    d_sinks = None if sink_shares is None else -jnp.sum(sink_shares * delta, axis=(0, 3))[..., None]
+    return d_q, d_k, d_v, None, d_sinks
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 class Mask:
-    """What each query may see, made for a block of queries at a time so that no `[T, S]` array is kept."""
+    """What each query may see, made for a block of queries at a time so that no `[T, S]` array is kept.
+
+    With `segments` the keys are those of the batch itself (`within_batch`), at `index` 0, 1, ...; without, those of
+    a cache.
+    """
 
     def __init__(
         self,
@@ -56,35 +113,71 @@ class Mask:
         self.segments_BT = segments_BT
         self.keys = keys
 
-    def visible(self, start: int | Array, size: int) -> Array:
-        """`[B, size, S]`: keys at or before each query and, while training, in its document."""
-        index = jax.lax.dynamic_slice_in_dim(self.index_BT, start, size, axis=1)
-        seen = jnp.arange(self.keys)[None, None] <= index[:, :, None]
+    @property
+    def within_batch(self) -> bool:
+        """Whether the batch attends to itself alone: while training, and when nothing is cached yet."""
+        return self.segments_BT is not None
+
+    def visible(self, start: int | Array, size: int, first: int, end: int, window: int | None) -> Array:
+        """`[B, size, end - first]`: keys up to each query, within the window and, while training, of its document."""
+        index = jax.lax.dynamic_slice_in_dim(self.index_BT, start, size, axis=1)[:, :, None]
+        keys = jnp.arange(first, end)
+        seen = keys <= index
+        if window is not None:
+            seen &= keys > index - window
         if self.segments_BT is None:
             return seen
         segments = jax.lax.dynamic_slice_in_dim(self.segments_BT, start, size, axis=1)
-        return seen & (segments[:, :, None] == self.segments_BT[:, None, :])
+        return seen & (segments[:, :, None] == self.segments_BT[:, None, first:end])
+
+    def sections(self, queries: int, window: int | None) -> Iterator[tuple[int, int, int, int]]:
+        """Queries as (start, size) with the keys (first, end) that they can see between them.
+
+        Sizes above `QUERY_BLOCK` are multiples of it.
+        """
+        size = queries if self.segments_BT is None else max(SMALLEST_SECTION, -(-queries // SECTIONS))
+        size = size if size <= QUERY_BLOCK else -(-size // QUERY_BLOCK) * QUERY_BLOCK
+        for start in range(0, queries, size):
+            stop = min(start + size, queries)
+            whole = stop - (stop - start) % QUERY_BLOCK if stop - start > QUERY_BLOCK else stop
+            for begin, end in ((start, whole), (whole, stop)):
+                if self.segments_BT is None:
+                    yield from [(begin, end - begin, 0, self.keys)] * (end > begin)
+                elif end > begin:
+                    yield begin, end - begin, 0 if window is None else max(0, begin - window + 1), end
 
 
-def attend_in_blocks(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask: Mask, scale: float) -> Float[Array, "B T N H"]:
-    """`attend` over blocks of queries, recomputed in the backward pass, once there are many queries."""
-    length = q_BTNH.shape[1]
-    if length <= QUERY_BLOCK or length % QUERY_BLOCK:
-        return attend(q_BTNH, k_BKSH, v_BKSH, mask.visible(0, length), scale)
+def attend_in_blocks(
+    q_BTNH: Array,
+    k_BKSH: Array,
+    v_BKSI: Array,
+    mask: Mask,
+    scale: float,
+    window: int | None = None,
+    sinks_N: Array | None = None,
+) -> Float[Array, "B T N I"]:
+    """`attend` over sections of queries; in long ones block by block, recomputed in the backward pass."""
+    parts = []
+    for start, size, first, end in mask.sections(q_BTNH.shape[1], window):
+        k, v = k_BKSH[:, :, first:end], v_BKSI[:, :, first:end]
+        rows = min(size, QUERY_BLOCK)
 
-    @jax.checkpoint
-    def block(start: Array) -> Array:
-        q = jax.lax.dynamic_slice_in_dim(q_BTNH, start, QUERY_BLOCK, axis=1)
-        return attend(q, k_BKSH, v_BKSH, mask.visible(start, QUERY_BLOCK), scale)
+        def block(begin: int | Array, k=k, v=v, rows=rows, first=first, end=end) -> Array:
+            q = jax.lax.dynamic_slice_in_dim(q_BTNH, begin, rows, axis=1)
+            return attend(q, k, v, mask.visible(begin, rows, first, end, window), scale, sinks_N)
 
-    out = jax.lax.map(block, jnp.arange(0, length, QUERY_BLOCK))
-    return jnp.moveaxis(out, 0, 1).reshape(q_BTNH.shape)
+        if size == rows:
+            parts.append(block(start))
+        else:
+            out = jax.lax.map(jax.checkpoint(block), jnp.arange(start, start + size, rows))
+            parts.append(jnp.moveaxis(out, 0, 1).reshape(q_BTNH.shape[0], size, *out.shape[3:]))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
 class Attention(nnx.Module):
     """Projections, rotary positions, attention, and the way back into the residual stream."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: int, rngs: nnx.Rngs):
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.q_DNH = weight(rngs, (D, N, H), ("embed", "heads", "head_dim"), D)
         self.k_DKH = weight(rngs, (D, K, H), ("embed", "kv_heads", "head_dim"), D)
@@ -97,9 +190,13 @@ class Attention(nnx.Module):
             self.v_bias_KH = nnx.Param(jnp.zeros((K, H), jnp.float32), axes=("kv_heads", "head_dim"))
         else:
             self.q_bias_NH = self.k_bias_KH = self.v_bias_KH = None
-        self.q_norm = RMSNorm(H, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(H, config.norm_eps) if config.qk_norm else None
-        self.scale = config.attention_scale
+        self.o_bias_D = nnx.Param(jnp.zeros(D, jnp.float32), axes=("embed",)) if config.output_bias else None
+        self.sinks_N = nnx.Param(jnp.zeros(N, jnp.float32), axes=("heads",)) if config.sinks else None
+        whole = config.qk_norm_whole
+        norms = [RMSNorm(n * H if whole else H, config.norm_eps, config.norm) for n in (N, K) if config.qk_norm]
+        self.q_norm, self.k_norm = norms or (None, None)
+        self.norm_whole, self.clip, self.scale = whole, config.qkv_clip, config.attention_scale
+        self.window = config.sliding_window if config.attention_kind(layer) == "sliding" else None
 
     def project(self, x_BTD: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]`; queries and keys normalised and rotated."""
@@ -108,36 +205,50 @@ class Attention(nnx.Module):
         def one(weight: nnx.Param, bias: nnx.Param | None, heads: str) -> Array:
             y = jnp.einsum("btd,dnh->btnh", x_BTD, weight[...].astype(dtype))
             y = y if bias is None else y + bias[...].astype(dtype)
+            y = jnp.clip(y, -self.clip, self.clip) if self.clip else y
             return constrain(y, "batch", "length", heads, "head_dim")
 
-        q_BTNH = one(self.q_DNH, self.q_bias_NH, "heads")
-        k_BTKH = one(self.k_DKH, self.k_bias_KH, "kv_heads")
+        q_BTNH = self.normed(self.q_norm, one(self.q_DNH, self.q_bias_NH, "heads"))
+        k_BTKH = self.normed(self.k_norm, one(self.k_DKH, self.k_bias_KH, "kv_heads"))
         v_BTKH = one(self.v_DKH, self.v_bias_KH, "kv_heads")
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         return rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin), v_BTKH
+
+    def normed(self, norm: RMSNorm | None, x_BTNH: Array) -> Array:
+        """Each head normalised, or all together."""
+        if norm is None:
+            return x_BTNH
+        if not self.norm_whole:
+            return norm(x_BTNH)
+        return norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape)
 
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
         rope: tuple[Array, Array],
         mask: Mask,
-        stored: tuple[Array, Array] | None = None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
+        stored: tuple[Array, ...] | None = None,
+        write_BT: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, ...] | None]:
         """Attention over the batch itself or, with `stored` keys and values, over those and the batch.
 
-        Returns the output and, with `stored`, the arrays that now hold this batch too.
+        Returns the output and, with `stored`, the arrays that now hold this batch too, at positions `write`.
         """
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, *rope)
-        if stored is None:
+        if stored is not None and write_BT is not None:
+            stored = (kv.write(stored[0], k_BTKH, write_BT), kv.write(stored[1], v_BTKH, write_BT))
+        if stored is None or mask.within_batch:
             k_BKSH, v_BKSH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
         else:
-            k_BKSH = kv.write(stored[0], k_BTKH, mask.index_BT)
-            v_BKSH = kv.write(stored[1], v_BTKH, mask.index_BT)
-            stored = (k_BKSH, v_BKSH)
+            k_BKSH, v_BKSH = stored
         with jax.named_scope("attend"):
             out_BTNH = attend_in_blocks(
-                q_BTNH, k_BKSH.astype(q_BTNH.dtype), v_BKSH.astype(q_BTNH.dtype), mask, self.scale
+                q_BTNH,
+                k_BKSH.astype(q_BTNH.dtype),
+                v_BKSH.astype(q_BTNH.dtype),
+                mask,
+                self.scale,
+                self.window,
+                None if self.sinks_N is None else self.sinks_N[...],
             )
         if self.gate_DNH is not None:
             gate_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, self.gate_DNH[...].astype(x_BTD.dtype))
@@ -145,4 +256,6 @@ class Attention(nnx.Module):
         out_BTNH = constrain(out_BTNH, "batch", "length", "heads", "head_dim")
         # A plain product: as an einsum over two dimensions XLA transposes the weight at every decode step.
         o_XD = self.o_NHD[...].astype(x_BTD.dtype).reshape(-1, x_BTD.shape[-1])
-        return out_BTNH.reshape(*x_BTD.shape[:2], -1) @ o_XD, stored
+        out_BTD = out_BTNH.reshape(*x_BTD.shape[:2], -1) @ o_XD
+        out_BTD = out_BTD if self.o_bias_D is None else out_BTD + self.o_bias_D[...].astype(x_BTD.dtype)
+        return out_BTD, stored

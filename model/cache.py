@@ -5,38 +5,56 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from model.config import ModelConfig
 
 
 @struct.dataclass
 class Cache:
-    """Keys and values of every layer for B rows of up to S positions.
+    """What every layer remembers of B rows of up to S positions.
 
-    keys, values: one `[B, K, S, H]` array per layer (never stacked: slicing a stack copies it).
+    layers: of each layer its arrays, never stacked (slicing a stack copies it): keys and values `[B, K, S, H]`;
+    or latents `[B, 1, S, U+P]`; or, in a linear layer, its convolutions' inputs and its memory.
     lengths_B: positions filled in each row; the next token of row b goes to `lengths_B[b]`.
+    capacity: positions that a row can hold (S).
+    empty: nothing was written yet, so that the first batch has only itself to attend to.
     """
 
-    keys: tuple[Float[Array, "B K S H"], ...]
-    values: tuple[Float[Array, "B K S H"], ...]
+    layers: tuple[tuple[Array, ...], ...]
     lengths_B: Int[Array, " B"]
-
-    @property
-    def capacity(self) -> int:
-        """Positions that a row can hold (S)."""
-        return self.keys[0].shape[2]
+    capacity: int = struct.field(pytree_node=False)
+    empty: bool = struct.field(pytree_node=False, default=False)
 
 
 def empty_cache(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) -> Cache:
     """A cache of `rows` rows with room for `capacity` positions, nothing filled."""
-    shape = (rows, config.num_kv_heads, capacity, config.head_dim)
-    layers = range(config.num_layers)
-    return Cache(
-        keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
-        values=tuple(jnp.zeros(shape, dtype) for _ in layers),
-        lengths_B=jnp.zeros(rows, jnp.int32),
-    )
+    layers = tuple(empty_layer(config, layer, rows, capacity, dtype) for layer in range(config.num_layers))
+    return Cache(layers, jnp.zeros(rows, jnp.int32), capacity, empty=True)
+
+
+def empty_layer(config: ModelConfig, layer: int, rows: int, capacity: int, dtype: jnp.dtype) -> tuple[Array, ...]:
+    """What layer `layer` remembers before the first token."""
+    linear, latent = config.linear, config.latent
+    if config.attention_kind(layer) == "linear":
+        past, N = linear.conv_kernel - 1, linear.num_value_heads
+        keys = jnp.zeros((rows, past, linear.num_key_heads, linear.key_dim), dtype)
+        values = jnp.zeros((rows, past, N, linear.value_dim), dtype)
+        return keys, keys, values, jnp.zeros((rows, N, linear.key_dim, linear.value_dim), jnp.float32)
+    if latent.kv_rank:
+        return (jnp.zeros((rows, 1, capacity, latent.kv_rank + latent.rope_dim), dtype),)
+    empty = jnp.zeros((rows, config.num_kv_heads, capacity, config.head_dim), dtype)
+    return empty, empty
+
+
+def layer_axes(config: ModelConfig, layer: int) -> tuple[tuple[str | None, ...], ...]:
+    """Logical axes of what `empty_layer` gives."""
+    if config.attention_kind(layer) == "linear":
+        keys, values = ("batch", None, "kv_heads", "head_dim"), ("batch", None, "heads", "head_dim")
+        return keys, keys, values, ("batch", "heads", None, "head_dim")
+    if config.latent.kv_rank:
+        return (("batch", None, None, "head_dim"),)
+    return (("batch", "kv_heads", None, "head_dim"),) * 2
 
 
 def write_positions(lengths_B: Array, segments_BT: Array, capacity: int) -> Int[Array, "B T"]:

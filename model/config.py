@@ -36,10 +36,14 @@ class RopeConfig:
     """Llama 3: wavelengths above `original_max_positions / low_freq_factor` are stretched fully."""
     high_freq_factor: float = 4.0
     """Llama 3: wavelengths below `original_max_positions / high_freq_factor` are left alone."""
+    share: float = 1.0
+    """Share of each head that is rotated; the rest carries no position (Qwen3-Next: 0.25)."""
 
     def __post_init__(self) -> None:
         if self.theta <= 0:
             raise UserError(f"model.rope.theta={self.theta} must be positive")
+        if not 0 < self.share <= 1:
+            raise UserError(f"model.rope.share={self.share} must lie between 0 and 1")
         if self.scaling != "none" and not (self.factor >= 1 and self.original_max_positions > 0):
             raise UserError(
                 f"model.rope.scaling={self.scaling} needs factor >= 1 (is {self.factor}) and "
@@ -63,6 +67,10 @@ class MoEConfig:
     """Multiply the shared expert's output by a learnt sigmoid of the token."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     """What turns router logits into scores."""
+    bias: bool = False
+    """Biases on the router and on the experts' projections (gpt-oss)."""
+    activation: Literal["swiglu", "clamped"] = "swiglu"
+    """What joins gate and up: `silu(gate) * up`, or gpt-oss's clamped form of it."""
     normalize: bool = True
     """Rescale the chosen scores to sum to one."""
     scale: float = 1.0
@@ -106,6 +114,69 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class LinearAttentionConfig:
+    """Gated DeltaNet (arXiv 2412.06464), for the layers that `model.attention_pattern` calls linear."""
+
+    num_key_heads: int = 0
+    """Query and key heads; each serves `num_value_heads / num_key_heads` value heads."""
+    num_value_heads: int = 0
+    """Value heads, each with a state of `key_dim` x `value_dim`."""
+    key_dim: int = 128
+    """Width of one query or key head."""
+    value_dim: int = 128
+    """Width of one value head."""
+    conv_kernel: int = 4
+    """Positions that the causal convolution over queries, keys and values sees."""
+
+    def __post_init__(self) -> None:
+        if self.num_key_heads and (self.num_value_heads <= 0 or self.num_value_heads % self.num_key_heads):
+            raise UserError(
+                f"model.linear.num_value_heads={self.num_value_heads} is not a multiple of "
+                f"model.linear.num_key_heads={self.num_key_heads}"
+            )
+        for name in ("key_dim", "value_dim", "conv_kernel"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"model.linear.{name}={getattr(self, name)} must be positive")
+
+    @property
+    def channels(self) -> int:
+        """Channels of queries, keys and values together, which the convolution runs over."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
+
+    def parameters(self, width: int) -> int:
+        """Parameters of one such layer in a residual stream of `width`."""
+        values = self.num_value_heads * self.value_dim
+        projections = width * (self.channels + 2 * values + 2 * self.num_value_heads)
+        return projections + self.channels * self.conv_kernel + 2 * self.num_value_heads + self.value_dim
+
+
+@dataclass(frozen=True)
+class LatentAttentionConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434); `kv_rank=0` means ordinary attention."""
+
+    kv_rank: int = 0
+    """Width of the latent that keys and values are made from; what the cache holds of them."""
+    query_rank: int = 0
+    """Width of the latent that queries are made from; 0 makes them from the residual stream."""
+    nope_dim: int = 128
+    """Channels of a query or key head without position."""
+    rope_dim: int = 64
+    """Channels of a query head that are rotated; their key is shared by all heads."""
+    value_dim: int = 128
+    """Width of a value head."""
+
+    def parameters(self, width: int, heads: int) -> int:
+        """Parameters of one such layer, its two norms included."""
+        query = heads * (self.nope_dim + self.rope_dim)
+        count = width * query if not self.query_rank else self.query_rank * (width + 1 + query)
+        count += width * (self.kv_rank + self.rope_dim) + self.kv_rank
+        return count + self.kv_rank * heads * (self.nope_dim + self.value_dim) + heads * self.value_dim * width
+
+
+AttentionKind = Literal["full", "sliding", "linear"]
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes of one Transformer. The defaults are a small dense model."""
 
@@ -127,16 +198,39 @@ class ModelConfig:
     """The routed feed-forward."""
     rope: RopeConfig = field(default_factory=RopeConfig)
     """Rotary positions."""
+    linear: LinearAttentionConfig = field(default_factory=LinearAttentionConfig)
+    """Gated DeltaNet, in linear layers."""
+    latent: LatentAttentionConfig = field(default_factory=LatentAttentionConfig)
+    """Latent attention, in place of grouped-query attention."""
+    attention_pattern: tuple[AttentionKind, ...] = ("full",)
+    """Kind of attention of each layer, repeated over the layers."""
+    sliding_window: int = 0
+    """Positions that a token of a sliding layer sees, itself included."""
+    attention_multiplier: float = 1.0
+    """Constant on query-key products beside 1/sqrt(head width) (YaRN's mscale in DeepSeek)."""
+    sinks: bool = False
+    """A learnt logit per head that takes a share of every softmax (gpt-oss)."""
     qk_norm: bool = True
     """RMSNorm on each query and key head before rotation (Qwen3)."""
+    qk_norm_whole: bool = False
+    """Make that one norm over the channels of all heads together (OLMoE)."""
+    qkv_clip: float = 0.0
+    """Largest magnitude of queries, keys and values after projection; 0 for no limit (OLMoE)."""
     qkv_bias: bool = False
     """Bias on the query, key and value projections (Qwen2)."""
+    output_bias: bool = False
+    """Bias on the attention's output projection (gpt-oss)."""
     attention_gate: bool = False
     """Sigmoid gate on each head's output before the output projection (arXiv 2505.06708)."""
     tie_embeddings: bool = False
     """Use the input embedding as the output head."""
     norm_eps: float = 1e-6
     """Added to the mean square in every RMSNorm."""
+    norm: Literal["cast", "float32", "zero_centred"] = "cast"
+    """RMSNorm weights: applied after the cast to the activation's type (Llama), before it (gpt-oss), or
+    before it as `1 + weight` (Qwen3-Next)."""
+    mtp_layers: int = 0
+    """Extra blocks that predict the token after the next (multi-token prediction); 0 or 1."""
     max_positions: int = 4096
     """Longest sequence that the model accepts."""
 
@@ -154,6 +248,25 @@ class ModelConfig:
             raise UserError(f"model.vocab_size={self.vocab_size} must not be negative")
         if self.num_moe_layers < self.num_layers and self.intermediate_size <= 0:
             raise UserError(f"model.intermediate_size={self.intermediate_size} must be positive for the dense layers")
+        self._check_attention()
+
+    def _check_attention(self) -> None:
+        """Refuses a pattern of attention kinds whose sizes are missing."""
+        pattern = self.attention_pattern
+        if not pattern or self.num_layers % len(pattern):
+            raise UserError(
+                f"model.attention_pattern has {len(pattern)} entries; they must divide {self.num_layers} layers"
+            )
+        if "sliding" in pattern and self.sliding_window <= 0:
+            raise UserError(f"model.sliding_window={self.sliding_window} must be positive for the sliding layers")
+        if "linear" in pattern and self.linear.num_key_heads <= 0:
+            raise UserError("model.linear.num_key_heads must be positive for the linear layers")
+        if pattern.count("linear") == len(pattern):
+            raise UserError("model.attention_pattern needs a layer that is not linear")
+        if self.mtp_layers not in (0, 1):
+            raise UserError(f"model.mtp_layers={self.mtp_layers} must be 0 or 1")
+        if self.rotary_dim % 2:
+            raise UserError(f"model.rope.share={self.rope.share} rotates {self.rotary_dim} channels; make them even")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> ModelConfig:
@@ -162,7 +275,12 @@ class ModelConfig:
         Raises:
             UserError: an unknown field; `where` says which file it stands in.
         """
-        parts = {"moe": MoEConfig, "rope": RopeConfig}
+        parts = {
+            "moe": MoEConfig,
+            "rope": RopeConfig,
+            "linear": LinearAttentionConfig,
+            "latent": LatentAttentionConfig,
+        }
 
         def build(kind: type[Any], given: dict[str, Any]) -> Any:
             known = {f.name for f in fields(kind)}
@@ -180,41 +298,63 @@ class ModelConfig:
         moe = self.moe
         return moe.num_experts > 0 and (layer + 1) % moe.every == 0 and layer not in moe.dense_layers
 
+    def attention_kind(self, layer: int) -> AttentionKind:
+        """The kind of attention of block `layer` (from 0)."""
+        return self.attention_pattern[layer % len(self.attention_pattern)]
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        return self.latent.rope_dim if self.latent.kv_rank else int(self.head_dim * self.rope.share)
+
     @property
     def num_moe_layers(self) -> int:
         """Blocks whose feed-forward is routed."""
         return sum(self.is_moe(layer) for layer in range(self.num_layers))
 
     # ---- parameters -------------------------------------------------------
-    @property
-    def attention_parameters(self) -> int:
-        """Parameters of one attention layer."""
+    def attention_parameters(self, layer: int) -> int:
+        """Parameters of the attention of block `layer`."""
+        if self.attention_kind(layer) == "linear":
+            return self.linear.parameters(self.hidden_size)
+        if self.latent.kv_rank:
+            return self.latent.parameters(self.hidden_size, self.num_heads)
         query, key_value = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         count = self.hidden_size * (query * (3 if self.attention_gate else 2) + 2 * key_value)
         count += (query + 2 * key_value) if self.qkv_bias else 0
-        return count + (2 * self.head_dim if self.qk_norm else 0)
+        count += self.hidden_size if self.output_bias else 0
+        count += self.num_heads if self.sinks else 0
+        if not self.qk_norm:
+            return count
+        return count + (query + key_value if self.qk_norm_whole else 2 * self.head_dim)
 
     def feed_forward_parameters(self, layer: int, *, active: bool = False) -> int:
         """Parameters of the feed-forward of block `layer`; with `active`, those that one token uses."""
+        D, moe = self.hidden_size, self.moe
         if not self.is_moe(layer):
-            return 3 * self.hidden_size * self.intermediate_size
-        moe = self.moe
-        experts = moe.experts_per_token if active else moe.num_experts
-        count = experts * 3 * self.hidden_size * moe.intermediate_size + moe.num_experts * self.hidden_size
+            return 3 * D * self.intermediate_size
+        F, experts = moe.intermediate_size, moe.experts_per_token if active else moe.num_experts
+        count = experts * (3 * D * F + (2 * F + D if moe.bias else 0))
+        count += moe.num_experts * (D + 1 if moe.bias else D)
         if moe.shared_intermediate_size:
-            count += 3 * self.hidden_size * moe.shared_intermediate_size
-            count += self.hidden_size if moe.shared_gate else 0
+            count += 3 * D * moe.shared_intermediate_size + (D if moe.shared_gate else 0)
         return count
 
+    def _block(self, layer: int, *, active: bool) -> int:
+        return (
+            self.attention_parameters(layer) + self.feed_forward_parameters(layer, active=active) + 2 * self.hidden_size
+        )
+
     def _count(self, *, active: bool) -> int:
-        layers = range(self.num_layers)
-        body = sum(self.feed_forward_parameters(layer, active=active) for layer in layers)
-        body += self.num_layers * (self.attention_parameters + 2 * self.hidden_size) + self.hidden_size
+        body = sum(self._block(layer, active=active) for layer in range(self.num_layers)) + self.hidden_size
         return body + self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
 
     @property
     def parameters_total(self) -> int:
-        """All parameters; a tied embedding is counted once. The selection bias is not a parameter."""
+        """Parameters of the language model; a tied embedding is counted once.
+
+        Neither the selection bias, which is no parameter, nor the multi-token prediction block is counted.
+        """
         return self._count(active=False)
 
     @property
@@ -222,21 +362,47 @@ class ModelConfig:
         """Parameters that one token uses: chosen and shared experts, and both embeddings."""
         return self._count(active=True)
 
+    @property
+    def mtp_parameters(self) -> int:
+        """Parameters of the multi-token prediction block, 0 without one."""
+        D = self.hidden_size
+        block = self._block(self.mtp_layer, active=False)
+        return self.mtp_layers * (block + 2 * D * D + 3 * D)
+
+    @property
+    def mtp_layer(self) -> int:
+        """The layer that the multi-token prediction block is built like: the last one."""
+        return self.num_layers - 1
+
     # ---- work -------------------------------------------------------------
     def flops_per_token(self, context: float) -> float:
         """Forward floating-point operations of one token that attends to `context` positions.
 
-        Two per multiplied weight (the input embedding is a lookup) and four per head, channel and
-        position for scores and values. Training costs three times this.
+        Two per multiplied weight (the input embedding is a lookup); four per head, channel and position for
+        scores and values, no more positions than the window in sliding layers; for a linear layer six per
+        element of its state (decay, read and write).
         """
         multiplied = self._count(active=True) - (0 if self.tie_embeddings else self.vocab_size * self.hidden_size)
-        return 2.0 * multiplied + 4.0 * self.num_layers * self.num_heads * self.head_dim * context
+        return 2.0 * multiplied + sum(self._mixing_flops(layer, context) for layer in range(self.num_layers))
+
+    def _mixing_flops(self, layer: int, context: float) -> float:
+        kind = self.attention_kind(layer)
+        if kind == "linear":
+            return 6.0 * self.linear.num_value_heads * self.linear.key_dim * self.linear.value_dim
+        seen = min(context, self.sliding_window) if kind == "sliding" else context
+        latent = self.latent
+        channels = 2 * self.head_dim if not latent.kv_rank else latent.nope_dim + latent.rope_dim + latent.value_dim
+        return 2.0 * self.num_heads * channels * seen
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
-        """Cache bytes that one token occupies over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_value
+        """Cache bytes that one token occupies over all layers; linear layers hold a state of fixed size instead."""
+        layers = sum(self.attention_kind(layer) != "linear" for layer in range(self.num_layers))
+        latent = self.latent
+        each = latent.kv_rank + latent.rope_dim if latent.kv_rank else 2 * self.num_kv_heads * self.head_dim
+        return layers * each * bytes_per_value
 
     @property
     def attention_scale(self) -> float:
         """What query-key products are multiplied by."""
-        return 1.0 / math.sqrt(self.head_dim)
+        width = self.latent.nope_dim + self.latent.rope_dim if self.latent.kv_rank else self.head_dim
+        return self.attention_multiplier / math.sqrt(width)

@@ -9,7 +9,7 @@ blocks of one expert's rows for everything else.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +17,27 @@ from jaxtyping import Array, Float, Int
 
 from sharding.rules import constrain
 
+Activation = Literal["swiglu", "clamped"]
+
 BUFFER_FACTOR = 1.25
 """Rows in an expert's buffer, as a multiple of an even load; what does not fit goes through blocks."""
+
+CLAMP = 7.0
+"""Largest gate, and largest magnitude of up, of the clamped activation."""
 
 OVERFLOW_BLOCK = 128
 """Rows of one expert computed at a time when its buffer overflows."""
 
 
 class Experts(NamedTuple):
-    """Weights of one layer's experts: SwiGLU with `gate`, `up` `[E, D, F]` and `down` `[E, F, D]`."""
+    """Weights of one layer's experts: `gate` and `up` `[E, D, F]`, `down` `[E, F, D]`, and biases where it has them."""
 
     gate_EDF: Float[Array, "E D F"]
     up_EDF: Float[Array, "E D F"]
     down_EFD: Float[Array, "E F D"]
+    gate_bias_EF: Float[Array, "E F"] | None = None
+    up_bias_EF: Float[Array, "E F"] | None = None
+    down_bias_ED: Float[Array, "E D"] | None = None
 
 
 def run_experts(
@@ -39,6 +47,7 @@ def run_experts(
     params: Experts,
     *,
     training: bool,
+    activation: Activation = "swiglu",
 ) -> Float[Array, "M D"]:
     """`sum_c weights[m, c] * expert[ids[m, c]](x[m])`; an id of E means nothing.
 
@@ -48,68 +57,91 @@ def run_experts(
     tokens, experts = x_MD.shape[0], params.gate_EDF.shape[0]
     pairs = ids_MC.size
     if jax.default_backend() != "cpu" and jax.sharding.get_abstract_mesh().size <= 1:
-        return ragged(x_MD, ids_MC, weights_MC, params)
+        return ragged(x_MD, ids_MC, weights_MC, params, activation)
     if training:
         capacity = min(tokens, -(-int(pairs / experts * BUFFER_FACTOR) // 8) * 8)
-        return grouped(x_MD, ids_MC, weights_MC, params, capacity, OVERFLOW_BLOCK)
+        return grouped(x_MD, ids_MC, weights_MC, params, capacity, OVERFLOW_BLOCK, activation)
     if tokens == 1:
-        return per_pair(x_MD, ids_MC, weights_MC, params)
-    return grouped(x_MD, ids_MC, weights_MC, params, 0, decode_block(pairs, experts))
+        return per_pair(x_MD, ids_MC, weights_MC, params, activation)
+    return grouped(x_MD, ids_MC, weights_MC, params, 0, decode_block(pairs, experts), activation)
 
 
 def decode_block(pairs: int, experts: int) -> int:
-    """Rows per block: near the even load, so that few rows of a block are empty and products are not tiny."""
+    """Rows per block. Few pairs: near the even load, so that few rows of a block are empty. Many: two standard
+    deviations of an even draw above it, so that most experts need one block, each of which copies their weights."""
     even = pairs / experts
-    return next((block for block in (4, 8, 16, 32) if block >= even), 64)
+    if even <= 32:
+        return next(block for block in (4, 8, 16, 32) if block >= even)
+    return min(-(-int(even + 2 * even**0.5) // 16) * 16, 160)
 
 
-def swiglu(gate: Array, up: Array) -> Array:
-    """`silu(gate) * up`."""
-    return jax.nn.silu(gate) * up
+def activate(gate: Array, up: Array, kind: Activation) -> Array:
+    """`silu(gate) * up`; clamped, as gpt-oss does it: `(up + 1) * gate * sigmoid(1.702 gate)` within +-7."""
+    if kind == "swiglu":
+        return jax.nn.silu(gate) * up
+    gate, up = jnp.minimum(gate, CLAMP), jnp.clip(up, -CLAMP, CLAMP)
+    return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
 
 
-def reference(x_MD: Array, ids_MC: Array, weights_MC: Array, params: Experts) -> Array:
+def plus(x: Array, bias: Array | None) -> Array:
+    """`x` with a bias, if there is one, added to every row."""
+    return x if bias is None else x + bias[..., None, :]
+
+
+def hidden_of(rows: Array, params: Experts) -> tuple[Array, Array]:
+    """Gate and up of rows `[..., rows, D]` that belong to the experts of `params`, one each along the first axis."""
+    return plus(rows @ params.gate_EDF, params.gate_bias_EF), plus(rows @ params.up_EDF, params.up_bias_EF)
+
+
+def expert_at(params: Experts, index: Array) -> Experts:
+    """The weights of one expert, as slices."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), params)
+
+
+def reference(
+    x_MD: Array, ids_MC: Array, weights_MC: Array, params: Experts, activation: Activation = "swiglu"
+) -> Array:
     """Every expert on every token; what the other backends are checked against."""
     experts = params.gate_EDF.shape[0]
     chosen_MCE = jax.nn.one_hot(ids_MC, experts, dtype=x_MD.dtype)
-    share_ME = jnp.einsum("mc,mce->me", weights_MC, chosen_MCE)
-    hidden_EMF = swiglu(
-        jnp.einsum("md,edf->emf", x_MD, params.gate_EDF), jnp.einsum("md,edf->emf", x_MD, params.up_EDF)
-    )
-    return jnp.einsum("emf,efd,me->md", hidden_EMF, params.down_EFD, share_ME)
+    share_EM = jnp.einsum("mc,mce->em", weights_MC, chosen_MCE)
+    hidden_EMF = activate(*hidden_of(x_MD[None], params), activation)
+    return jnp.einsum("emd,em->md", plus(hidden_EMF @ params.down_EFD, params.down_bias_ED), share_EM)
 
 
-def ragged(x_MD: Array, ids_MC: Array, weights_MC: Array, params: Experts) -> Array:
+def ragged(x_MD: Array, ids_MC: Array, weights_MC: Array, params: Experts, activation: Activation = "swiglu") -> Array:
     """Sort pairs by expert, one grouped matrix product per weight, and back (TPU and GPU)."""
     choices, experts = ids_MC.shape[1], params.gate_EDF.shape[0]
     order_R = jnp.argsort(ids_MC.reshape(-1), stable=True)
     sizes_E = jnp.bincount(ids_MC.reshape(-1), length=experts)
     real_R1 = (jnp.arange(ids_MC.size) < sizes_E.sum())[:, None]
+    expert_R = jnp.minimum(ids_MC.reshape(-1)[order_R], experts - 1)
+
+    def product(rows_RX: Array, weight: Array, bias: Array | None) -> Array:
+        out_RY = jax.lax.ragged_dot(rows_RX, weight, sizes_E)
+        return out_RY if bias is None else out_RY + bias[expert_R]
+
     # Rows past the last group are undefined in the kernels, so both ends are cleared.
     rows_RD = jnp.where(real_R1, x_MD[order_R // choices], 0)
-    hidden_RF = swiglu(
-        jax.lax.ragged_dot(rows_RD, params.gate_EDF, sizes_E), jax.lax.ragged_dot(rows_RD, params.up_EDF, sizes_E)
-    )
-    out_RD = jnp.where(real_R1, jax.lax.ragged_dot(hidden_RF, params.down_EFD, sizes_E), 0)
+    gate_RF = product(rows_RD, params.gate_EDF, params.gate_bias_EF)
+    up_RF = product(rows_RD, params.up_EDF, params.up_bias_EF)
+    out_RD = product(activate(gate_RF, up_RF, activation), params.down_EFD, params.down_bias_ED)
+    out_RD = jnp.where(real_R1, out_RD, 0)
     back_RD = out_RD[jnp.argsort(order_R)].reshape(*ids_MC.shape, -1)
     return jnp.einsum("mcd,mc->md", back_RD, weights_MC)
 
 
-def at(array: Array, index: Array) -> Array:
-    """`array[index]` along the first axis, as a slice."""
-    return jax.lax.dynamic_index_in_dim(array, index, keepdims=False)
-
-
-def per_pair(x_MD: Array, ids_MC: Array, weights_MC: Array, params: Experts) -> Array:
+def per_pair(
+    x_MD: Array, ids_MC: Array, weights_MC: Array, params: Experts, activation: Activation = "swiglu"
+) -> Array:
     """One (token, expert) pair at a time, reading just that expert's weights: one token's decode on a CPU."""
     experts = params.gate_EDF.shape[0]
 
     def one(pair: tuple[Array, Array]) -> Array:
         x_D, expert = pair
-        expert = jnp.minimum(expert, experts - 1)
-        x_1D = x_D[None]
-        hidden = swiglu(x_1D @ at(params.gate_EDF, expert), x_1D @ at(params.up_EDF, expert))
-        return (hidden @ at(params.down_EFD, expert))[0]
+        own = expert_at(params, jnp.minimum(expert, experts - 1))
+        hidden = activate(*hidden_of(x_D[None], own), activation)
+        return plus(hidden @ own.down_EFD, own.down_bias_ED)[0]
 
     y_RD = jax.lax.map(one, (jnp.repeat(x_MD, ids_MC.shape[1], axis=0), ids_MC.reshape(-1)))
     weights_MC = jnp.where(ids_MC < experts, weights_MC, 0)
@@ -165,14 +197,22 @@ def rows_of(x_MD: Array, pairs: Array, choices: int) -> Array:
     return jnp.take(x_MD, pairs // choices, axis=0, mode="fill", fill_value=0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def grouped(x_MD: Array, ids_MC: Array, weights_MC: Array, params: Experts, capacity: int, block: int) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def grouped(
+    x_MD: Array,
+    ids_MC: Array,
+    weights_MC: Array,
+    params: Experts,
+    capacity: int,
+    block: int,
+    activation: Activation = "swiglu",
+) -> Array:
     """Buffers of `capacity` rows per expert in one batched product, then blocks for what does not fit.
 
     With `capacity=0` all rows go through blocks. Forward and backward move rows by gathers alone in the
     buffered part; the overflow loop runs as often as there are overflow blocks, usually never.
     """
-    return grouped_forward(x_MD, ids_MC, weights_MC, params, capacity, block)[0]
+    return grouped_forward(x_MD, ids_MC, weights_MC, params, capacity, block, activation)[0]
 
 
 def to_buffers(x_MD: Array, plan: Plan, capacity: int, choices: int) -> Array:
@@ -182,7 +222,13 @@ def to_buffers(x_MD: Array, plan: Plan, capacity: int, choices: int) -> Array:
 
 
 def grouped_forward(
-    x_MD: Array, ids_MC: Array, weights_MC: Array, params: Experts, capacity: int, block: int
+    x_MD: Array,
+    ids_MC: Array,
+    weights_MC: Array,
+    params: Experts,
+    capacity: int,
+    block: int,
+    activation: Activation,
 ) -> tuple[Array, tuple]:
     """`grouped` and what its backward pass needs."""
     (tokens, width), choices, experts = x_MD.shape, ids_MC.shape[1], params.gate_EDF.shape[0]
@@ -191,39 +237,46 @@ def grouped_forward(
     y_MD, gate, up = jnp.zeros_like(x_MD), None, None
     if capacity:
         rows = to_buffers(x_MD, plan, capacity, choices)
-        gate, up = rows @ params.gate_EDF, rows @ params.up_EDF
-        out = (swiglu(gate, up) @ params.down_EFD).reshape(-1, width)
+        gate, up = hidden_of(rows, params)
+        out = plus(activate(gate, up, activation) @ params.down_EFD, params.down_bias_ED).reshape(-1, width)
         out_MCD = jnp.take(out, plan.slot_R, axis=0, mode="fill", fill_value=0).reshape(tokens, choices, width)
         y_MD = jnp.einsum("mcd,mc->md", out_MCD, weights_MC)
 
     def body(index: Array, y_MD: Array) -> Array:
         expert, pairs = overflow_rows(plan, index, capacity, block)
         rows = rows_of(x_MD, pairs, choices)
-        hidden = swiglu(rows @ at(params.gate_EDF, expert), rows @ at(params.up_EDF, expert))
+        own = expert_at(params, expert)
+        out = plus(activate(*hidden_of(rows, own), activation) @ own.down_EFD, own.down_bias_ED)
         share = jnp.take(weights_R, pairs, mode="fill", fill_value=0)
-        return y_MD.at[pairs // choices].add(hidden @ at(params.down_EFD, expert) * share[:, None], mode="drop")
+        return y_MD.at[pairs // choices].add(out * share[:, None], mode="drop")
 
     y_MD = jax.lax.fori_loop(0, plan.block_ends_E[-1], body, y_MD)
     return y_MD, (x_MD, ids_MC, weights_MC, params, plan, gate, up)
 
 
-def expert_gradients(rows: Array, gate: Array, up: Array, share: Array, dy: Array, params: Experts) -> tuple:
+def expert_gradients(
+    rows: Array, gate: Array, up: Array, share: Array, dy: Array, params: Experts, activation: Activation
+) -> tuple:
     """Gradients of one batch of rows of one expert, or of all experts' buffers at once.
 
     `share` weighs each row's output; `dy` is the gradient of the weighted output. Returns the gradients of
-    the rows, of the share, and of the three weights.
+    the rows, of the share, and of the weights.
     """
-    hidden, pull = jax.vjp(swiglu, gate, up)
+    hidden, pull = jax.vjp(partial(activate, kind=activation), gate, up)
     through = dy @ jnp.swapaxes(params.down_EFD, -1, -2)
     d_share = jnp.sum(through * hidden, axis=-1)
     d_gate, d_up = pull(through * share[..., None])
     d_down = jnp.swapaxes(hidden * share[..., None], -1, -2) @ dy
     d_rows = d_gate @ jnp.swapaxes(params.gate_EDF, -1, -2) + d_up @ jnp.swapaxes(params.up_EDF, -1, -2)
     rows_t = jnp.swapaxes(rows, -1, -2)
-    return d_rows, d_share, Experts(rows_t @ d_gate, rows_t @ d_up, d_down)
+    d_biases = ()
+    if params.down_bias_ED is not None:
+        d_share += jnp.sum(dy * params.down_bias_ED[..., None, :], axis=-1)
+        d_biases = (d_gate.sum(-2), d_up.sum(-2), (dy * share[..., None]).sum(-2))
+    return d_rows, d_share, Experts(rows_t @ d_gate, rows_t @ d_up, d_down, *d_biases)
 
 
-def grouped_backward(capacity: int, block: int, saved: tuple, dy_MD: Array) -> tuple:
+def grouped_backward(capacity: int, block: int, activation: Activation, saved: tuple, dy_MD: Array) -> tuple:
     """Gradients of `grouped`; the overflow blocks' hidden layer is computed again."""
     x_MD, ids_MC, weights_MC, params, plan, gate, up = saved
     (tokens, width), choices = x_MD.shape, ids_MC.shape[1]
@@ -231,7 +284,7 @@ def grouped_backward(capacity: int, block: int, saved: tuple, dy_MD: Array) -> t
     if capacity:
         rows, dy = (to_buffers(a, plan, capacity, choices) for a in (x_MD, dy_MD))
         share = jnp.take(weights_R, plan.pair_S, mode="fill", fill_value=0).reshape(rows.shape[:2])
-        d_rows, d_share, d_params = expert_gradients(rows, gate, up, share, dy, params)
+        d_rows, d_share, d_params = expert_gradients(rows, gate, up, share, dy, params, activation)
         d_pairs = jnp.take(d_rows.reshape(-1, width), plan.slot_R, axis=0, mode="fill", fill_value=0)
         dx_MD = d_pairs.reshape(tokens, choices, width).sum(1)
         dw_R = jnp.take(d_share.reshape(-1), plan.slot_R, mode="fill", fill_value=0)
@@ -242,11 +295,11 @@ def grouped_backward(capacity: int, block: int, saved: tuple, dy_MD: Array) -> t
     def body(index: Array, carry: tuple) -> tuple:
         dx_MD, dw_R, d_params = carry
         expert, pairs = overflow_rows(plan, index, capacity, block)
-        own = Experts(*(at(w, expert) for w in params))
+        own = expert_at(params, expert)
         rows, dy = rows_of(x_MD, pairs, choices), rows_of(dy_MD, pairs, choices)
         share = jnp.take(weights_R, pairs, mode="fill", fill_value=0)
-        d_rows, d_share, d_own = expert_gradients(rows, rows @ own.gate_EDF, rows @ own.up_EDF, share, dy, own)
-        d_params = Experts(*(total.at[expert].add(part) for total, part in zip(d_params, d_own, strict=True)))
+        d_rows, d_share, d_own = expert_gradients(rows, *hidden_of(rows, own), share, dy, own, activation)
+        d_params = jax.tree.map(lambda total, part: total.at[expert].add(part), d_params, d_own)
         dx_MD = dx_MD.at[pairs // choices].add(d_rows, mode="drop")
         return dx_MD, dw_R.at[pairs].add(d_share, mode="drop"), d_params
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -60,31 +62,44 @@ def forward(model: Transformer, batch: Batch, cache: Cache | None = None, *, rep
             tokens are appended to the cache and attend to all of their row.
         replay: `[L, M, C]` expert choices to use instead of the router's own.
     """
-    dtype, config = model.dtype, model.config
     with jax.named_scope("embed"):
-        x_BTD = jnp.take(model.embedding_VD[...], batch.tokens_BT, axis=0).astype(dtype)
+        x_BTD = jnp.take(model.embedding_VD[...], batch.tokens_BT, axis=0).astype(model.dtype)
         x_BTD = constrain(x_BTD, "batch", "length", "embed")
     valid_BT = batch.segments_BT > 0
-    if cache is None:
-        length = batch.tokens_BT.shape[1]
-        index_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), batch.tokens_BT.shape)
-        mask = Mask(index_BT, batch.segments_BT, length)
-    else:
-        mask = Mask(write_positions(cache.lengths_B, batch.segments_BT, cache.capacity), None, cache.capacity)
-    rope = rope_tables(config.rope, config.head_dim, batch.positions_BT, dtype)
-    context = Context(rope, mask, valid_BT, training=cache is None)
-
+    context = make_context(model, batch, cache)
     x_BTD, layers = run_stacks(model, x_BTD, context, cache, replay)
     hidden_BTD = model.norm(x_BTD)
     if cache is not None:
-        stored = [layer.stored for layer in layers if layer.stored is not None]
-        filled = valid_BT.sum(axis=1, dtype=jnp.int32)
-        cache = Cache(tuple(k for k, _ in stored), tuple(v for _, v in stored), cache.lengths_B + filled)
+        stored = tuple(layer.stored for layer in layers if layer.stored is not None)
+        cache = replace(
+            cache, layers=stored, lengths_B=cache.lengths_B + valid_BT.sum(axis=1, dtype=jnp.int32), empty=False
+        )
     routed = [(layer.stats, layer.experts_MC) for layer in layers if layer.stats is not None]
     if not routed:
         return Output(hidden_BTD, cache, None, None)
     stats, experts = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *part) for part in zip(*routed, strict=True))
     return Output(hidden_BTD, cache, stats, experts)
+
+
+def make_context(model: Transformer, batch: Batch, cache: Cache | None) -> Context:
+    """What all blocks share of a batch: rotary tables, who sees whom, what is padding, where documents begin."""
+    valid_BT = batch.segments_BT > 0
+    write_BT = None if cache is None else write_positions(cache.lengths_B, batch.segments_BT, cache.capacity)
+    if write_BT is None or cache is None or cache.empty:
+        length = batch.tokens_BT.shape[1]
+        index_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), batch.tokens_BT.shape)
+        mask = Mask(index_BT, batch.segments_BT, length)
+        before_BT = jnp.pad(batch.segments_BT, ((0, 0), (1, 0)))[:, :-1]
+        begins_BT = valid_BT & (batch.segments_BT != before_BT)
+        documents_BT = jnp.cumsum(begins_BT, axis=1, dtype=jnp.int32)
+    else:
+        mask = Mask(write_BT, None, cache.capacity)
+        documents_BT = jnp.zeros_like(batch.segments_BT)
+    # Behind the barrier XLA computes sines once, and not again in every layer that rotates.
+    rope = jax.lax.optimization_barrier(
+        rope_tables(model.config.rope, model.config.rotary_dim, batch.positions_BT, model.dtype)
+    )
+    return Context(rope, mask, write_BT, valid_BT, documents_BT, training=cache is None)
 
 
 def run_stacks(
@@ -116,7 +131,7 @@ def unrolled_stack(
     for repeat in range(stack.repeats):
         for position in range(len(stack.blocks)):
             index = first + len(outputs)
-            stored = None if cache is None else (cache.keys[index], cache.values[index])
+            stored = None if cache is None else cache.layers[index]
             own = None if replay is None or routed >= replay.shape[0] else replay[routed]
             x_BTD, output = step(stack.layer(repeat, position), x_BTD, stored, own)
             routed += output.stats is not None

@@ -28,16 +28,24 @@ def weight(
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation (arXiv 1910.07467): statistics in float32, cast, then the weight."""
+    """Root-mean-square normalisation (arXiv 1910.07467), statistics in float32.
 
-    def __init__(self, size: int, eps: float, axis: str | None = None):
-        self.weight = nnx.Param(jnp.ones(size, jnp.float32), axes=(axis,))
-        self.eps = eps
+    kind: how the weight is applied, as `ModelConfig.norm` explains.
+    """
+
+    def __init__(self, size: int, eps: float, kind: str = "cast"):
+        initial = jnp.zeros if kind == "zero_centred" else jnp.ones
+        self.weight = nnx.Param(initial(size, jnp.float32), axes=(None,))
+        self.eps, self.kind = eps, kind
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         x32 = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 * scale).astype(x.dtype) * self.weight[...].astype(x.dtype)
+        scaled = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        weight = self.weight[...]
+        if self.kind == "cast":
+            return scaled.astype(x.dtype) * weight.astype(x.dtype)
+        weight = weight.astype(jnp.float32)
+        return (scaled * (1.0 + weight if self.kind == "zero_centred" else weight)).astype(x.dtype)
 
 
 def rope_frequencies(config: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
@@ -70,18 +78,19 @@ def rope_frequencies(config: RopeConfig, head_dim: int) -> tuple[np.ndarray, flo
 
 
 def rope_tables(
-    config: RopeConfig, head_dim: int, positions_BT: Int[Array, "B T"], dtype: jnp.dtype
+    config: RopeConfig, rotary_dim: int, positions_BT: Int[Array, "B T"], dtype: jnp.dtype
 ) -> tuple[Float[Array, "B T 1 H2"], Float[Array, "B T 1 H2"]]:
     """cos and sin of every position and frequency, computed in float32, broadcast over heads."""
-    frequencies, factor = rope_frequencies(config, head_dim)
+    frequencies, factor = rope_frequencies(config, rotary_dim)
     angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
     return (jnp.cos(angles) * factor).astype(dtype), (jnp.sin(angles) * factor).astype(dtype)
 
 
 def rotate(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Float[Array, "B T N H"]:
-    """Rotary embedding (arXiv 2104.09864) of pairs (i, i + H/2)."""
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    """Rotary embedding (arXiv 2104.09864) of pairs (i, i + P/2) of the first P channels, which the tables are for."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
 class FeedForward(nnx.Module):

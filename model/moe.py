@@ -92,9 +92,13 @@ class MoE(nnx.Module):
         moe, D, layers = config.moe, config.hidden_size, config.num_layers
         E, F = moe.num_experts, moe.intermediate_size
         self.router_DE = weight(rngs, (D, E), ("router", None), D)
+        self.router_bias_E = nnx.Param(jnp.zeros(E, jnp.float32), axes=(None,)) if moe.bias else None
         self.gate_EDF = weight(rngs, (E, D, F), ("expert", "embed", "mlp"), D)
         self.up_EDF = weight(rngs, (E, D, F), ("expert", "embed", "mlp"), D)
         self.down_EFD = weight(rngs, (E, F, D), ("expert", "mlp", "embed"), F, residual_layers=layers)
+        for name, size, axis in (("gate_bias_EF", F, "mlp"), ("up_bias_EF", F, "mlp"), ("down_bias_ED", D, "embed")):
+            bias = nnx.Param(jnp.zeros((E, size), jnp.float32), axes=("expert", axis)) if moe.bias else None
+            setattr(self, name, bias)
         shared = moe.shared_intermediate_size
         self.shared = FeedForward(D, shared, layers, rngs) if shared else None
         self.shared_gate_D = weight(rngs, (D,), ("router",), D) if shared and moe.shared_gate else None
@@ -114,11 +118,16 @@ class MoE(nnx.Module):
         x_MD = x_BTD.reshape(-1, shape[-1])
         with jax.named_scope("route"):
             logits_ME = x_MD.astype(jnp.float32) @ self.router_DE[...].astype(jnp.float32)
+            if self.router_bias_E is not None:
+                logits_ME += self.router_bias_E[...].astype(jnp.float32)
             bias_E = None if self.bias_E is None else self.bias_E[...]
             ids_MC, weights_MC, stats = route(logits_ME, valid_BT.reshape(-1), self.config, bias_E, replay_MC)
-        params = Experts(*(w[...].astype(dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD)))
+        leaves = {name: getattr(self, name) for name in Experts._fields}
+        params = Experts(**{name: leaf[...].astype(dtype) for name, leaf in leaves.items() if leaf is not None})
         with jax.named_scope("experts"):
-            y_MD = run_experts(x_MD, ids_MC, weights_MC.astype(dtype), params, training=training)
+            y_MD = run_experts(
+                x_MD, ids_MC, weights_MC.astype(dtype), params, training=training, activation=self.config.activation
+            )
         y_BTD = constrain(y_MD.reshape(shape), "batch", "length", "embed")
         if self.shared is not None:
             shared_BTD = self.shared(x_BTD)

@@ -11,7 +11,9 @@ from jaxtyping import Array, Float
 
 from model.attention import Attention, Mask
 from model.config import ModelConfig
+from model.latent_attention import LatentAttention
 from model.layers import FeedForward, RMSNorm, weight
+from model.linear_attention import GatedDeltaNet
 from model.moe import MoE, RouterStats
 from sharding.rules import constrain
 
@@ -23,25 +25,32 @@ class Context(NamedTuple):
 
     rope: tuple[Array, Array]
     mask: Mask
+    write_BT: Array | None
     valid_BT: Array
+    documents_BT: Array
     training: bool
 
 
 class BlockOutput(NamedTuple):
     """What one block gives besides the residual stream; None where it has no cache or no router."""
 
-    stored: tuple[Array, Array] | None
+    stored: tuple[Array, ...] | None
     stats: RouterStats | None
     experts_MC: Array | None
 
 
 class Block(nnx.Module):
-    """`x += attention(norm(x)); x += feed_forward(norm(x))`."""
+    """`x += attention(norm(x)); x += feed_forward(norm(x))`, where attention may be of another kind in each layer."""
 
     def __init__(self, config: ModelConfig, layer: int, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config, rngs)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm)
+        if config.attention_kind(layer) == "linear":
+            self.attention = GatedDeltaNet(config, rngs)
+        elif config.latent.kv_rank:
+            self.attention = LatentAttention(config, layer, rngs)
+        else:
+            self.attention = Attention(config, layer, rngs)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm)
         if config.is_moe(layer):
             self.feed_forward = MoE(config, rngs)
         else:
@@ -51,10 +60,14 @@ class Block(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         context: Context,
-        stored: tuple[Array, Array] | None = None,
+        stored: tuple[Array, ...] | None = None,
         replay_MC: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], BlockOutput]:
-        attended, stored = self.attention(self.attention_norm(x_BTD), context.rope, context.mask, stored)
+        normed = self.attention_norm(x_BTD)
+        if isinstance(self.attention, GatedDeltaNet):
+            attended, stored = self.attention(normed, context.valid_BT, context.documents_BT, stored)
+        else:
+            attended, stored = self.attention(normed, context.rope, context.mask, stored, context.write_BT)
         x_BTD = constrain(x_BTD + attended, "batch", "length", "embed")
         normed = self.feed_forward_norm(x_BTD)
         if isinstance(self.feed_forward, MoE):
@@ -66,13 +79,41 @@ class Block(nnx.Module):
         return constrain(x_BTD + out, "batch", "length", "embed"), BlockOutput(stored, stats, experts_MC)
 
 
+class NextTokenBlock(nnx.Module):
+    """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2): one block that predicts a token further.
+
+    It joins the hidden state of position t with the embedding of token t + 1; embedding and output head are the
+    model's own.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        D = config.hidden_size
+        self.embedding_norm = RMSNorm(D, config.norm_eps, config.norm)
+        self.hidden_norm = RMSNorm(D, config.norm_eps, config.norm)
+        self.join_XD = weight(rngs, (2 * D, D), (None, "embed"), 2 * D)
+        self.block = Block(config, config.mtp_layer, rngs)
+        self.norm = RMSNorm(D, config.norm_eps, config.norm)
+
+    def __call__(
+        self,
+        hidden_BTD: Float[Array, "B T D"],
+        embedded_BTD: Float[Array, "B T D"],
+        context: Context,
+        stored: tuple[Array, ...] | None = None,
+    ) -> tuple[Float[Array, "B T D"], BlockOutput]:
+        """The hidden state that predicts token t + 2, from that of t and the embedding of token t + 1."""
+        both_BTX = jnp.concatenate([self.embedding_norm(embedded_BTD), self.hidden_norm(hidden_BTD)], axis=-1)
+        x_BTD, output = self.block(both_BTX @ self.join_XD[...].astype(both_BTX.dtype), context, stored)
+        return self.norm(x_BTD), output
+
+
 def stack_plan(config: ModelConfig, stacked: bool) -> list[tuple[tuple[int, ...], int]]:
     """Stacks as (layers of the pattern, repeats), in order.
 
     As a list: one pattern of all layers. Stacked: a prefix, then the shortest pattern that repeats to the end
     (DeepSeek: three dense layers, then 58 routed ones; Qwen3: one pattern of a single layer).
     """
-    kinds = [config.is_moe(layer) for layer in range(config.num_layers)]
+    kinds = [(config.is_moe(layer), config.attention_kind(layer)) for layer in range(config.num_layers)]
     if not stacked:
         return [(tuple(range(config.num_layers)), 1)]
     best: tuple[int, int] | None = None
@@ -154,7 +195,10 @@ class Transformer(nnx.Module):
         self.stacks = nnx.List(
             [Stack(config, pattern, repeats, key) for pattern, repeats in stack_plan(config, stacked)]
         )
-        self.norm = RMSNorm(D, config.norm_eps)
+        self.norm = RMSNorm(D, config.norm_eps, config.norm)
+        self.mtp = None
+        if config.mtp_layers:
+            self.mtp = NextTokenBlock(config, nnx.Rngs(jax.random.fold_in(key, config.num_layers + 1)))
         self.head_DV = None if config.tie_embeddings else weight(rngs, (D, V), ("embed", "vocab"), D)
         self.config = config
         self.dtype = dtype

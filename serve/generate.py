@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import jax
@@ -20,7 +20,8 @@ from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
 
 from errors import UserError
-from model.cache import Cache, empty_cache
+from model.cache import Cache, empty_cache, layer_axes
+from model.config import ModelConfig
 from model.forward import Batch, continuation, forward, unembed
 from model.transformer import Transformer
 from model.tree import Skeleton, unstack
@@ -322,7 +323,7 @@ class Generator:
         step_B = state.step_B + state.live_B
         ended_B = jnp.any(tokens_B[:, None] == rows.stop_BX, axis=1) | (step_B >= rows.max_tokens_B)
         output = pack(jnp.where(state.live_B, tokens_B, -1), logprobs_B)
-        return lay_out(State(result.cache, tokens_B, step_B, state.live_B & ~ended_B)), output
+        return lay_out(model.config, State(result.cache, tokens_B, step_B, state.live_B & ~ended_B)), output
 
 
 def pack(tokens_B: Array, logprobs_B: Float[Array, " B"]) -> Int[Array, "2 B"]:
@@ -337,15 +338,15 @@ def unpack(output: Array) -> tuple[list[int], list[float]]:
     return tokens.tolist(), bits.view(np.float32).tolist()
 
 
-def lay_out(state: State) -> State:
+def lay_out(config: ModelConfig, state: State) -> State:
     """`state` spread over the mesh in force in the same way after every step, so that it can be donated."""
-
-    def keys(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-        return tuple(constrain(array, "batch", "kv_heads", None, "head_dim") for array in arrays)
-
     cache = state.cache
+    layers = tuple(
+        tuple(constrain(array, *axes) for array, axes in zip(arrays, layer_axes(config, layer), strict=True))
+        for layer, arrays in enumerate(cache.layers)
+    )
     return State(
-        Cache(keys(cache.keys), keys(cache.values), constrain(cache.lengths_B, "batch")),
+        replace(cache, layers=layers, lengths_B=constrain(cache.lengths_B, "batch")),
         *(constrain(array, "batch") for array in (state.last_B, state.step_B, state.live_B)),
     )
 

@@ -187,12 +187,12 @@ def test_the_cache_is_updated_in_place(generator: Generator, count: int) -> None
     assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 1024
     results = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose)\(", compiled.as_text() or "")
-    moved = [shape for shape in results if math.prod(map(int, shape.split(","))) == state.cache.keys[0].size]
+    moved = [shape for shape in results if math.prod(map(int, shape.split(","))) == state.cache.layers[0][0].size]
     assert moved == []
-    before = state.cache.keys[0].unsafe_buffer_pointer()
+    before = state.cache.layers[0][0].unsafe_buffer_pointer()
     after, _ = generator.decode_step(generator.leaves, state, rows)
-    assert after.cache.keys[0].unsafe_buffer_pointer() == before
-    assert state.cache.keys[0].is_deleted()
+    assert after.cache.layers[0][0].unsafe_buffer_pointer() == before
+    assert state.cache.layers[0][0].is_deleted()
 
 
 def test_new_weights_need_no_compilation(model: Transformer, generator: Generator) -> None:

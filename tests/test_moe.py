@@ -162,7 +162,7 @@ def test_the_reference_by_hand():
     for token, ids in enumerate(ids_MC):
         for choice, expert in enumerate(ids):
             if expert < 4:
-                gate, up, down = (np.asarray(w[expert], np.float64) for w in params)
+                gate, up, down = (np.asarray(w[expert], np.float64) for w in params[:3])
                 gated = x_MD[token] @ gate
                 hidden = gated / (1 + np.exp(-gated)) * (x_MD[token] @ up)
                 expected[token] += weights_MC[token, choice] * (hidden @ down)

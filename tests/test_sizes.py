@@ -175,7 +175,7 @@ def test_flops_are_those_of_one_decoded_token(name: str):
 
     def decode(model: Transformer) -> jax.Array:
         token = jnp.zeros((1, 1), jnp.int32)
-        cache = empty_cache(config, 1, 50, jnp.dtype(jnp.float32))
+        cache = replace(empty_cache(config, 1, 50, jnp.dtype(jnp.float32)), empty=False)
         return unembed(model, forward(model, continuation(token, cache.lengths_B), cache).hidden_BTD)
 
     counted = sum(products(jax.make_jaxpr(decode)(abstract(config)).jaxpr))
@@ -187,4 +187,4 @@ def test_cache_bytes():
     assert named("Qwen3-30B-A3B").kv_bytes_per_token(2) == 2 * 4 * 128 * 48 * 2
     config = VARIANTS["alternating"]
     cache = empty_cache(config, rows=3, capacity=7, dtype=jnp.dtype(jnp.float32))
-    assert sum(array.nbytes for array in (*cache.keys, *cache.values)) == 3 * 7 * config.kv_bytes_per_token(4)
+    assert sum(array.nbytes for array in jax.tree.leaves(cache.layers)) == 3 * 7 * config.kv_bytes_per_token(4)

@@ -109,8 +109,7 @@ def _cross_entropy(
         scale = weights_Bt * (1.0 + 2.0 * z_weight * log_z)
         d_logits = exponentials * (scale[..., None] / total) - jnp.where(is_target, weights_Bt[..., None], 0.0)
         d_logits = d_logits.astype(x_BtD.dtype)
-        d_head += jnp.einsum("btd,btv->dv", x_BtD, d_logits, preferred_element_type=jnp.float32)
-        return (nll, z, d_head), d_logits @ head_DV.T
+        return (nll, z, add_product(d_head, x_BtD, d_logits)), d_logits @ head_DV.T
 
     zero = jnp.zeros((), jnp.float32)
     carry = (zero, zero, jnp.zeros((width, vocab), jnp.float32) if gradients else zero)
@@ -123,6 +122,22 @@ def _cross_entropy(
         if gradients:
             d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden_BTD.shape)
     return (nll + z_weight * z, nll, z), (d_hidden, d_head)
+
+
+def add_product(total_DV: Array, x_BtD: Array, y_BtV: Array) -> Array:
+    """`total + x^T y`, a part of the rows at a time where the product would be large beside the chunk it is made of."""
+    width, vocab = total_DV.shape
+    rows = max(128, width // 8)
+    if width % rows or y_BtV.size > (width - rows) * vocab or jax.sharding.get_abstract_mesh().size > 1:
+        return total_DV + jnp.einsum("btd,btv->dv", x_BtD, y_BtV, preferred_element_type=jnp.float32)
+
+    def part(index: Array, total_DV: Array) -> Array:
+        x = jax.lax.dynamic_slice_in_dim(x_BtD, index * rows, rows, axis=-1)
+        product = jnp.einsum("btd,btv->dv", x, y_BtV, preferred_element_type=jnp.float32)
+        before = jax.lax.dynamic_slice_in_dim(total_DV, index * rows, rows)
+        return jax.lax.dynamic_update_slice_in_dim(total_DV, before + product, index * rows, 0)
+
+    return jax.lax.fori_loop(0, width // rows, part, total_DV)
 
 
 def _forward(

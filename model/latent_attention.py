@@ -1,0 +1,86 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from model import cache as kv
+from model.attention import Mask, attend_in_blocks
+from model.config import ModelConfig
+from model.layers import RMSNorm, rotate, weight
+from sharding.rules import constrain
+
+
+class LatentAttention(nnx.Module):
+    """Keys and values of all heads are made from one latent vector per token, and it is all that a cache holds.
+
+    With a cache queries are carried into the latent's space instead (section 2.1.2): it serves as the one key
+    and value head of all query heads, and keys and values are never made.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, rngs: nnx.Rngs):
+        latent, D, N = config.latent, config.hidden_size, config.num_heads
+        Q, U, H, P, I = latent.query_rank, latent.kv_rank, latent.nope_dim, latent.rope_dim, latent.value_dim
+        heads = ("heads", "head_dim")
+        if Q:
+            self.q_down_DQ = weight(rngs, (D, Q), ("embed", None), D)
+            self.q_norm = RMSNorm(Q, config.norm_eps)
+        else:
+            self.q_down_DQ = self.q_norm = None
+        self.q_QNH = weight(rngs, (Q or D, N, H + P), (None if Q else "embed", *heads), Q or D)
+        self.kv_down_DU = weight(rngs, (D, U + P), ("embed", None), D)
+        self.kv_norm = RMSNorm(U, config.norm_eps)
+        self.k_UNH = weight(rngs, (U, N, H), (None, *heads), U)
+        self.v_UNI = weight(rngs, (U, N, I), (None, *heads), U)
+        self.o_NID = weight(rngs, (N, I, D), (*heads, "embed"), N * I, residual_layers=config.num_layers)
+        self.rank, self.plain, self.scale = U, H, config.attention_scale
+        self.window = config.sliding_window if config.attention_kind(layer) == "sliding" else None
+
+    def project(self, x_BTD: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+        """Queries `[B, T, N, H+P]`, latents `[B, T, U]` and the shared key `[B, T, 1, P]`, rotated."""
+        dtype = x_BTD.dtype
+        c_BTQ = x_BTD
+        if self.q_down_DQ is not None and self.q_norm is not None:
+            c_BTQ = self.q_norm(x_BTD @ self.q_down_DQ[...].astype(dtype))
+        q_BTNH = jnp.einsum("btq,qnh->btnh", c_BTQ, self.q_QNH[...].astype(dtype))
+        q_BTNH = constrain(q_BTNH, "batch", "length", "heads", "head_dim")
+        plain, rotated = q_BTNH[..., : self.plain], rotate(q_BTNH[..., self.plain :], cos, sin)
+        down_BTU = x_BTD @ self.kv_down_DU[...].astype(dtype)
+        c_BTU = self.kv_norm(down_BTU[..., : self.rank])
+        shared_BT1P = rotate(down_BTU[..., None, self.rank :], cos, sin)
+        return jnp.concatenate([plain, rotated], axis=-1), c_BTU, shared_BT1P
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        rope: tuple[Array, Array],
+        mask: Mask,
+        stored: tuple[Array, ...] | None = None,
+        write_BT: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, ...] | None]:
+        """As `Attention`; `stored` is one `[B, 1, S, U+P]` array of latents and shared keys."""
+        q_BTNH, c_BTU, shared_BT1P = self.project(x_BTD, *rope)
+        k_UNH, v_UNI = (w[...].astype(x_BTD.dtype) for w in (self.k_UNH, self.v_UNI))
+        if stored is not None and write_BT is not None:
+            stored = (kv.write(stored[0], jnp.concatenate([c_BTU[:, :, None], shared_BT1P], axis=-1), write_BT),)
+        with jax.named_scope("attend"):
+            if stored is None or mask.within_batch:
+                plain_BTNH = jnp.einsum("btu,unh->btnh", c_BTU, k_UNH)
+                shared = jnp.broadcast_to(shared_BT1P, (*plain_BTNH.shape[:3], shared_BT1P.shape[-1]))
+                k_BTNH = jnp.concatenate([plain_BTNH, shared], axis=-1)
+                v_BTNI = jnp.einsum("btu,uni->btni", c_BTU, v_UNI)
+                k_BNTH, v_BNTI = k_BTNH.transpose(0, 2, 1, 3), v_BTNI.transpose(0, 2, 1, 3)
+                out_BTNI = attend_in_blocks(q_BTNH, k_BNTH, v_BNTI, mask, self.scale, self.window)
+            else:
+                k_B1SU = stored[0].astype(x_BTD.dtype)
+                carried = jnp.einsum("btnh,unh->btnu", q_BTNH[..., : self.plain], k_UNH)
+                q_BTNU = jnp.concatenate([carried, q_BTNH[..., self.plain :]], axis=-1)
+                v_B1SU = k_B1SU[..., : self.rank]
+                out_BTNU = attend_in_blocks(q_BTNU, k_B1SU, v_B1SU, mask, self.scale, self.window)
+                out_BTNI = jnp.einsum("btnu,uni->btni", out_BTNU, v_UNI)
+        out_BTNI = constrain(out_BTNI, "batch", "length", "heads", "head_dim")
+        o_XD = self.o_NID[...].astype(x_BTD.dtype).reshape(-1, x_BTD.shape[-1])
+        return out_BTNI.reshape(*x_BTD.shape[:2], -1) @ o_XD, stored

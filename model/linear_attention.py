@@ -1,0 +1,217 @@
+"""Gated DeltaNet (arXiv 2412.06464): attention whose memory is a matrix per head, of fixed size.
+
+For each value head, with decay `exp(g_t)`, write strength `beta_t` and unit-length keys and queries:
+
+    S_t = exp(g_t) S_{t-1} + k_t (beta_t (v_t - exp(g_t) S_{t-1}^T k_t))^T        o_t = S_t^T q_t
+
+`chunked` computes it for many tokens, 64 at a time as matrix products; `recurrent` for one.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from model.config import ModelConfig
+from model.layers import RMSNorm, weight
+from sharding.rules import constrain
+
+CHUNK = 64
+"""Tokens whose mutual influence is solved at once."""
+
+State = tuple[Array, ...]
+"""Of a row: the last W - 1 inputs of the convolution over queries, keys and values, and the memory."""
+
+
+def chunked(
+    q_BTKH: Float[Array, "B T K H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTNI: Float[Array, "B T N I"],
+    g_BTN: Float[Array, "B T N"],
+    beta_BTN: Float[Array, "B T N"],
+    documents_BT: Int[Array, "B T"],
+    state_BNHI: Float[Array, "B N H I"],
+) -> tuple[Float[Array, "B T N I"], Float[Array, "B N H I"]]:
+    """Outputs and the memory after the last token; float32.
+
+    The memory that comes in belongs to document 0. `documents` never decrease along a row; a token sees those
+    of its own document alone. A token with `g = beta = 0` leaves the memory as it is.
+
+    Within a chunk the writes depend on each other; in matrix form they solve a unit lower triangular system
+    (arXiv 2406.06484, section 3.2, with the decay of 2412.06464, section 3.3).
+    """
+    length, size = q_BTKH.shape[1], min(CHUNK, q_BTKH.shape[1])
+    batch, _, key_heads, _ = q_BTKH.shape
+    heads = v_BTNI.shape[2]
+    groups = heads // key_heads
+    count = -(-length // size)
+    padding = count * size - length
+
+    def split(x: Array) -> Array:
+        """`[B, T, heads, ...]` to `[chunks, B, heads, size, ...]`; padded tokens are zero."""
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), (1, 3), (0, 2))
+
+    q, k, v = split(q_BTKH), split(k_BTKH), split(v_BTNI)
+    g, beta = split(g_BTN), split(beta_BTN)
+    documents = jnp.pad(documents_BT, ((0, 0), (0, padding)), mode="edge").reshape(batch, count, size).swapaxes(0, 1)
+    before = jnp.concatenate([jnp.zeros((1, batch), documents.dtype), documents[:-1, :, -1]])
+    continues = (documents == before[..., None])[:, :, None]  # [chunks, B, 1, size]: sees the memory that comes in
+    lasts = (documents == documents[..., -1:])[:, :, None]  # is still in the memory that goes out
+
+    total = jnp.cumsum(g, axis=-1)
+    same = (documents[..., :, None] == documents[..., None, :])[:, :, None] & jnp.tri(size, dtype=bool)
+    decay = jnp.where(same, jnp.exp(jnp.where(same, total[..., :, None] - total[..., None, :], 0.0)), 0.0)
+
+    def per_value_head(x: Array) -> Array:
+        return x if groups == 1 else jnp.repeat(x, groups, axis=2)
+
+    kk = per_value_head(jnp.einsum("cbkih,cbkjh->cbkij", k, k))
+    qk = per_value_head(jnp.einsum("cbkih,cbkjh->cbkij", q, k)) * decay
+    k, q = per_value_head(k), per_value_head(q)
+    system = jnp.where(jnp.tri(size, k=-1, dtype=bool), beta[..., None] * kk * decay, 0.0)
+    from_state = jnp.where(continues, jnp.exp(total), 0.0)[..., None]
+    right = jnp.concatenate([v, k * from_state], axis=-1) * beta[..., None]
+    solved = jax.scipy.linalg.solve_triangular(system, right, lower=True, unit_diagonal=True)
+    writes, reads = jnp.split(solved, [v.shape[-1]], axis=-1)
+    q_state = q * from_state
+    to_end = jnp.where(lasts, jnp.exp(jnp.where(lasts, total[..., -1:] - total, 0.0)), 0.0)
+    k_end = k * to_end[..., None]
+    kept = from_state[..., -1, :][..., None]
+
+    def step(state: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
+        writes, reads, qk, q_state, k_end, kept = inputs
+        new = writes - reads @ state
+        out = q_state @ state + qk @ new
+        return state * kept + jnp.swapaxes(k_end, -1, -2) @ new, out
+
+    state_BNHI, out = jax.lax.scan(step, state_BNHI, (writes, reads, qk, q_state, k_end, kept))
+    out = jnp.moveaxis(out, (0, 2), (1, 3)).reshape(batch, count * size, heads, -1)
+    return out[:, :length], state_BNHI
+
+
+def recurrent(
+    q_BKH: Float[Array, "B K H"],
+    k_BKH: Float[Array, "B K H"],
+    v_BNI: Float[Array, "B N I"],
+    g_BN: Float[Array, "B N"],
+    beta_BN: Float[Array, "B N"],
+    state_BNHI: Float[Array, "B N H I"],
+) -> tuple[Float[Array, "B N I"], Float[Array, "B N H I"]]:
+    """One token: its output and the memory after it; float32."""
+    groups = v_BNI.shape[1] // k_BKH.shape[1]
+    q_BNH, k_BNH = (jnp.repeat(x, groups, axis=1) for x in (q_BKH, k_BKH))
+    state_BNHI = state_BNHI * jnp.exp(g_BN)[..., None, None]
+    known_BNI = jnp.einsum("bnhi,bnh->bni", state_BNHI, k_BNH)
+    change_BNI = (v_BNI - known_BNI) * beta_BN[..., None]
+    state_BNHI = state_BNHI + k_BNH[..., None] * change_BNI[..., None, :]
+    return jnp.einsum("bnhi,bnh->bni", state_BNHI, q_BNH), state_BNHI
+
+
+def unit_length(x: Array) -> Array:
+    """`x` in float32 with its last axis scaled to length one."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+
+
+def causal_convolution(
+    x_BTNH: Float[Array, "B T N H"],
+    weight_WNH: Float[Array, "W N H"],
+    stored_BWNH: Float[Array, "B W-1 N H"] | None,
+    documents_BT: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T+W-1 N H"]]:
+    """SiLU of the weighted sum of each channel's last W positions in its document; and the inputs it ran over.
+
+    What is `stored` came before, in document 0; without it there is nothing.
+    """
+    (batch, length), taps = documents_BT.shape, weight_WNH.shape[0]
+    if stored_BWNH is None:
+        stored_BWNH = jnp.zeros((batch, taps - 1, *x_BTNH.shape[2:]), x_BTNH.dtype)
+    inputs = jnp.concatenate([stored_BWNH.astype(x_BTNH.dtype), x_BTNH], axis=1)
+    documents = jnp.pad(documents_BT, ((0, 0), (taps - 1, 0)))
+    y_BTNH = x_BTNH * weight_WNH[-1]
+    for tap in range(taps - 1):
+        same_BT = documents[:, tap : tap + length] == documents_BT
+        y_BTNH += jnp.where(same_BT[..., None, None], inputs[:, tap : tap + length], 0) * weight_WNH[tap]
+    return jax.nn.silu(y_BTNH), inputs
+
+
+class GatedDeltaNet(nnx.Module):
+    """Projections, short convolutions, the memory, and the gated way back into the residual stream."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        linear, D = config.linear, config.hidden_size
+        K, N, H, I = linear.num_key_heads, linear.num_value_heads, linear.key_dim, linear.value_dim
+        W = linear.conv_kernel
+        key, value = ("kv_heads", "head_dim"), ("heads", "head_dim")
+        self.q_DKH = weight(rngs, (D, K, H), ("embed", *key), D)
+        self.k_DKH = weight(rngs, (D, K, H), ("embed", *key), D)
+        self.v_DNI = weight(rngs, (D, N, I), ("embed", *value), D)
+        self.gate_DNI = weight(rngs, (D, N, I), ("embed", *value), D)
+        self.beta_DN = weight(rngs, (D, N), ("embed", "heads"), D)
+        self.decay_DN = weight(rngs, (D, N), ("embed", "heads"), D)
+        self.q_conv_WKH = weight(rngs, (W, K, H), (None, *key), W)
+        self.k_conv_WKH = weight(rngs, (W, K, H), (None, *key), W)
+        self.v_conv_WNI = weight(rngs, (W, N, I), (None, *value), W)
+        log_rate = jnp.log(jax.random.uniform(rngs.params(), (N,), jnp.float32, 0.01, 16.0))
+        self.log_rate_N = nnx.Param(log_rate, axes=("heads",))
+        self.decay_bias_N = nnx.Param(jnp.ones(N, jnp.float32), axes=("heads",))
+        self.norm = RMSNorm(I, config.norm_eps)
+        self.o_NID = weight(rngs, (N, I, D), (*value, "embed"), N * I, residual_layers=config.num_layers)
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], valid_BT: Array, documents_BT: Int[Array, "B T"], stored: State | None
+    ) -> tuple[Float[Array, "B T D"], State | None]:
+        """The output and, with a `stored` state, the state after this batch; padding leaves it untouched."""
+        dtype, float32 = x_BTD.dtype, jnp.float32
+        x_BTD = jnp.where(valid_BT[..., None], x_BTD, 0)
+
+        def project(weight: nnx.Param, heads: str) -> Array:
+            y = jnp.einsum("btd,dnh->btnh", x_BTD, weight[...].astype(dtype))
+            return constrain(y, "batch", "length", heads, "head_dim")
+
+        mixed, inputs = [], []
+        parts = (
+            (self.q_DKH, self.q_conv_WKH, "kv_heads"),
+            (self.k_DKH, self.k_conv_WKH, "kv_heads"),
+            (self.v_DNI, self.v_conv_WNI, "heads"),
+        )
+        for index, (projection, taps, heads) in enumerate(parts):
+            past = None if stored is None else stored[index]
+            y, seen = causal_convolution(project(projection, heads), taps[...].astype(dtype), past, documents_BT)
+            mixed.append(y)
+            inputs.append(seen)
+        q_BTKH, k_BTKH, v_BTNI = unit_length(mixed[0]), unit_length(mixed[1]), mixed[2].astype(float32)
+        q_BTKH = q_BTKH * q_BTKH.shape[-1] ** -0.5
+        valid_BT1 = valid_BT[..., None]
+        beta_BTN = jax.nn.sigmoid((x_BTD @ self.beta_DN[...].astype(dtype)).astype(float32)) * valid_BT1
+        step_BTN = (x_BTD @ self.decay_DN[...].astype(dtype)).astype(float32) + self.decay_bias_N[...].astype(float32)
+        g_BTN = -jnp.exp(self.log_rate_N[...].astype(float32)) * jax.nn.softplus(step_BTN) * valid_BT1
+
+        batch, _, heads, width = v_BTNI.shape
+        memory = jnp.zeros((batch, heads, k_BTKH.shape[-1], width), float32) if stored is None else stored[3]
+        with jax.named_scope("delta_rule"):
+            if x_BTD.shape[1] == 1 and stored is not None:
+                q, k, v, g, beta = (x[:, 0] for x in (q_BTKH, k_BTKH, v_BTNI, g_BTN, beta_BTN))
+                out_BNI, memory = recurrent(q, k, v, g, beta, memory)
+                out_BTNI = out_BNI[:, None]
+            else:
+                out_BTNI, memory = chunked(q_BTKH, k_BTKH, v_BTNI, g_BTN, beta_BTN, documents_BT, memory)
+        gate_BTNI = project(self.gate_DNI, "heads").astype(float32)
+        out_BTNI = (self.norm(out_BTNI.astype(dtype)) * jax.nn.silu(gate_BTNI)).astype(dtype)
+        out_BTNI = constrain(out_BTNI, "batch", "length", "heads", "head_dim")
+        o_XD = self.o_NID[...].astype(dtype).reshape(-1, x_BTD.shape[-1])
+        out_BTD = out_BTNI.reshape(*x_BTD.shape[:2], -1) @ o_XD
+        if stored is None:
+            return out_BTD, None
+        lengths_B = valid_BT.sum(axis=1, dtype=jnp.int32)
+        conv = [last_inputs(seen, lengths_B, seen.shape[1] - x_BTD.shape[1]) for seen in inputs]
+        return out_BTD, (conv[0], conv[1], conv[2], memory)
+
+
+def last_inputs(inputs: Array, lengths_B: Int[Array, " B"], count: int) -> Array:
+    """The last `count` inputs of each row up to its length; the row's tokens come after `count` older ones."""
+    index = lengths_B[:, None] + jnp.arange(count)
+    return jnp.take_along_axis(inputs, index.reshape(*index.shape, *[1] * (inputs.ndim - 2)), axis=1)
