@@ -233,6 +233,8 @@ class ModelConfig:
     """Extra blocks that predict the token after the next (multi-token prediction); 0 or 1."""
     max_positions: int = 4096
     """Longest sequence that the model accepts."""
+    layout: str = ""
+    """Published family whose tensor layout an export has; empty takes the first that fits."""
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions"):

@@ -1,11 +1,13 @@
-"""A MODEL as every verb takes it: a run directory, read straight into the layout that decoding wants."""
+"""A MODEL as every verb takes it: a run, a Hugging Face directory, a GGUF or a llama2.c file, behind one interface."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +15,130 @@ import jax.numpy as jnp
 from errors import UserError
 from model.checkpoint.checkpoints import Checkpoints
 from model.config import ModelConfig
+from model.hf.reading import Checkpoint, onto
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from model.tree import Skeleton, unstack
 from sharding.mesh import MeshConfig, make_mesh
-from sharding.rules import DECODE, array_sharding
+from sharding.rules import DECODE, Table, array_sharding
 from sharding.runtime import default_dtype
+
+Shardings = Mapping[str, jax.sharding.Sharding]
+"""Where each weight of the list form goes."""
+
+Progress = Callable[[int], None]
+"""Told the bytes that were read since it was last called."""
+
+
+class Source(Protocol):
+    """A MODEL that is open: its sizes are known and checked, its weights not read yet."""
+
+    path: Path
+    config: ModelConfig
+
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer. UserError where there is none."""
+        ...
+
+    def weights(self, shardings: Shardings, dtype: Any, progress: Progress | None = None) -> dict[str, jax.Array]:
+        """All weights and selection biases in list form, laid out as asked."""
+        ...
+
+
+class RunSource:
+    """A run directory, at its newest good checkpoint."""
+
+    def __init__(self, path: Path):
+        self.path = run_directory(path)
+        self.config = read_config(self.path)
+        self.checkpoints = Checkpoints(self.path / "checkpoints", keep=1)
+        step = self.checkpoints.latest_good(warn)
+        if step is None:
+            raise UserError(f"{path} has no complete checkpoint")
+        self.step = step
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer kept in the run."""
+        return Tokenizer.load(self.path / "tokenizer")
+
+    def weights(self, shardings: Shardings, dtype: Any, progress: Progress | None = None) -> dict[str, jax.Array]:
+        """As `Source.weights`; arrays that the run holds stacked are cut into layers on the device."""
+        saved = self.checkpoints.leaves(self.step)
+        forms = {stacked: make_skeleton(self.config, stacked=stacked) for stacked in (False, True)}
+        fitting = [stacked for stacked, form in forms.items() if _fits(form, saved)]
+        if not fitting:
+            raise UserError(f"checkpoint {self.step} of {self.path} is of another architecture than its config.json")
+        skeleton, axes = forms[fitting[0]], forms[fitting[0]].axes
+        example = next(iter(shardings.values()))
+        asked = {}
+        for name, shape in skeleton.shapes.items():
+            kind = "params" if name in skeleton.weights else "extra"
+            sharding = shardings.get(name) or _as_mesh_of(example, axes[name], len(shape))
+            asked[f"{kind}.{name}"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+        found = self.checkpoints.restore(self.step, asked, part=True)
+        arrays = {name.partition(".")[2]: array for name, array in found.items()}
+        arrays = unstack(arrays, self.config) if fitting[0] else arrays
+        if progress is not None:
+            progress(sum(array.nbytes for array in arrays.values()))
+        return {name: jnp.astype(array, dtype) for name, array in arrays.items()}
+
+
+class HuggingFaceSource:
+    """A directory with config.json and safetensors."""
+
+    def __init__(self, path: Path):
+        self.checkpoint = Checkpoint(path)
+        self.path, self.config = path, self.checkpoint.config
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer beside the weights."""
+        return Tokenizer.load(self.path)
+
+    def weights(self, shardings: Shardings, dtype: Any, progress: Progress | None = None) -> dict[str, jax.Array]:
+        """As `Source.weights`, read tensor by tensor."""
+        shapes = make_skeleton(self.config, stacked=False).shapes
+        return self.checkpoint.load(shapes, onto(shardings, dtype), progress)
+
+
+def _fits(form: Skeleton, saved: Mapping[str, Any]) -> bool:
+    found = (saved.get(f"params.{name}") for name in form.weights)
+    wanted = (form.shapes[name] for name in form.weights)
+    return all(leaf is not None and leaf.shape == shape for leaf, shape in zip(found, wanted, strict=True))
+
+
+def _as_mesh_of(example: jax.sharding.Sharding, axes: tuple[str | None, ...], ndim: int) -> jax.sharding.Sharding:
+    """The layout for decoding of a stacked array, on the mesh of another sharding."""
+    if isinstance(example, jax.sharding.NamedSharding):
+        return array_sharding(axes, ndim, example.mesh, DECODE)  # pyright: ignore[reportArgumentType]
+    return example
+
+
+def open_model(path: str | Path) -> Source:
+    """The MODEL at `path`; what kind it is, is told from what is there.
+
+    Raises:
+        UserError: it is none, or is damaged; the sentence names what and where.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / "checkpoints").is_dir():
+        return RunSource(path)
+    if path.is_dir() and (path / "config.json").is_file():
+        return HuggingFaceSource(path)
+    if path.is_dir() or not path.exists():
+        what = "holds neither a run nor a config.json" if path.is_dir() else "does not exist"
+        raise UserError(
+            f"{path} {what}; name a run made by `qmax train`, a Hugging Face model directory, a .gguf file or a "
+            "llama2.c .bin file"
+        )
+    if path.suffix == ".gguf":
+        from model.gguf_file import GGUFSource
+
+        return GGUFSource(path)
+    if path.suffix == ".bin":
+        from model.llama2c import Llama2cSource
+
+        return Llama2cSource(path)
+    raise UserError(f"{path} is a file of an unknown kind; .gguf and llama2.c's .bin are read, or a directory")
 
 
 def run_directory(path: str | Path) -> Path:
@@ -36,7 +156,7 @@ def read_config(run: Path) -> ModelConfig:
     try:
         values = json.loads((run / "config.json").read_text())["run"]["model"]
         return ModelConfig.from_dict(values, str(run / "config.json"))
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as exc:
         raise UserError(
             f"{run / 'config.json'} is damaged ({exc}); `qmax train` writes it, and --resume again"
         ) from exc
@@ -47,57 +167,49 @@ def warn(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
 
 
-def read_weights(run: str | Path, mesh: jax.sharding.Mesh) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
-    """Config, weights and selection biases of the newest good checkpoint, in list form, laid out for decoding."""
-    path = run_directory(run)
-    config = read_config(path)
-    checkpoints = Checkpoints(path / "checkpoints", keep=1)
-    step = checkpoints.latest_good(warn)
-    if step is None:
-        raise UserError(f"{run} has no complete checkpoint")
-    saved = checkpoints.leaves(step)
-    forms = {stacked: make_skeleton(config, stacked=stacked) for stacked in (False, True)}
-    fitting = [
-        stacked
-        for stacked, form in forms.items()
-        if all(
-            f"params.{name}" in saved and saved[f"params.{name}"].shape == form.shapes[name] for name in form.weights
-        )
-    ]
-    if not fitting:
-        raise UserError(f"checkpoint {step} of {run} is of another architecture than its config.json")
-    skeleton = forms[fitting[0]]
-    asked = {}
-    for name, shape in skeleton.shapes.items():
-        kind = "params" if name in skeleton.weights else "extra"
-        sharding = array_sharding(skeleton.axes[name], len(shape), mesh, DECODE)
-        asked[f"{kind}.{name}"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-    found = checkpoints.restore(step, asked, part=True)
-    parts = [
-        {n.removeprefix(kind): a for n, a in found.items() if n.startswith(kind)} for kind in ("params.", "extra.")
-    ]
-    weights, extra = (unstack(part, config) if fitting[0] else part for part in parts)
-    return config, weights, extra
-
-
 def make_skeleton(config: ModelConfig, *, stacked: bool, dtype: Any = jnp.float32) -> Skeleton:
     """The structure of a model of `config`; allocates nothing."""
     return Skeleton(jax.eval_shape(lambda: Transformer(config, jax.random.key(0), dtype=dtype, stacked=stacked)))
 
 
+def layout(skeleton: Skeleton, mesh: jax.sharding.Mesh, table: Table = DECODE) -> dict[str, jax.sharding.Sharding]:
+    """Where each array of a model goes on a mesh."""
+    axes = skeleton.axes
+    return {name: array_sharding(axes[name], len(shape), mesh, table) for name, shape in skeleton.shapes.items()}
+
+
+def read_model(
+    source: Source, mesh: jax.sharding.Mesh, *, dtype: Any = None, progress: Progress | None = None
+) -> Transformer:
+    """The model of an open source, one array per layer, laid out for decoding; `dtype`: what it computes in."""
+    dtype = jnp.dtype(default_dtype(mesh.devices.flat[0]) if dtype is None else dtype)
+    skeleton = make_skeleton(source.config, stacked=False, dtype=dtype)
+    found = source.weights(layout(skeleton, mesh), dtype, progress)
+    weights = {name: array for name, array in found.items() if name in skeleton.weights}
+    # Selection biases decide between close scores: they stay as exact as they are.
+    extra = {name: jnp.astype(array, jnp.float32) for name, array in found.items() if name not in skeleton.weights}
+    return skeleton.merge(weights, extra)
+
+
 def load_model(path: str | Path, mesh: MeshConfig | None = None) -> tuple[Transformer, Tokenizer]:
-    """The model of a run, one array per layer, and its tokenizer.
+    """The model at `path`, one array per layer, and its tokenizer.
 
     Args:
-        path: a run directory.
+        path: any MODEL, see `open_model`.
         mesh: devices to lay it over; one by default.
 
     Raises:
-        UserError: not a run, no good checkpoint, or a damaged file; the sentence names it.
+        UserError: no model, no tokenizer, or a damaged file; the sentence names it.
     """
-    run = run_directory(path)
-    tokenizer = Tokenizer.load(run / "tokenizer")
-    devices = make_mesh(mesh or MeshConfig())
-    config, weights, extra = read_weights(run, devices)
-    dtype = jnp.dtype(default_dtype(devices.devices.flat[0]))
-    return make_skeleton(config, stacked=False, dtype=dtype).merge(weights, extra), tokenizer
+    source = open_model(path)
+    tokenizer = source.tokenizer()
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens and the model {source.config.vocab_size}"
+        )
+    return read_model(source, make_mesh(mesh or MeshConfig())), tokenizer
+
+
+def without_layout(config: ModelConfig) -> ModelConfig:
+    """`config` as two models of the same sizes have it, whichever files they came from."""
+    return replace(config, layout="")

@@ -43,6 +43,11 @@ class Tokenizer:
         self._pieces = self._backend.pieces
         self._skipped = {control.id for control in self._controls.values() if control.special}
 
+    @property
+    def files(self) -> dict[str, bytes]:
+        """The files that `load` read, by name, and the chat template in force."""
+        return self._files | {"chat_template.jinja": self._template_source.encode()}
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self._files, self.source)
 
@@ -70,7 +75,7 @@ class Tokenizer:
         """Writes the files that `load` read, byte for byte, and the chat template in force."""
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
-        files = self._files | {"chat_template.jinja": self._template_source.encode()}
+        files = self.files
         for name, content in files.items():
             partial = target / f".{name}.{os.getpid()}"
             partial.write_bytes(content)
@@ -80,7 +85,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of everything that decides tokens: the vocabulary, the control tokens, the chat template."""
         digest = hashlib.sha256()
-        files = self._files | {"chat_template.jinja": self._template_source.encode()}
+        files = self.files
         for name in sorted(files):
             digest.update(f"{name} {len(files[name])}\n".encode())
             digest.update(files[name])

@@ -1,0 +1,148 @@
+"""`qmax convert SRC DST`: any MODEL to a Hugging Face directory."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errors import UserError
+from terminal import Parser, human_bytes, progress_bar, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from model.load import HuggingFaceSource, Source
+
+DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "f32": "float32", "float32": "float32", "f16": "float16"}
+
+
+def convert_main(argv: list[str]) -> int:
+    """Runs the verb; returns its exit code."""
+    args = make_parser().parse_args(argv)
+    from sharding.runtime import configure_jax
+
+    configure_jax()
+    from model.load import open_model
+
+    source = open_model(args.source)
+    written = convert(source, args.target, DTYPES[args.dtype] if args.dtype else "")
+    print(f"{args.target}: {written['architecture']}, {written['parameters']:,} parameters, {written['words']}")
+    if args.json:
+        write_json(args.json, written)
+    return 0
+
+
+def make_parser() -> Parser:
+    """What the verb takes."""
+    parser = Parser(
+        "convert",
+        "Writes a model as a Hugging Face directory, which transformers, vLLM and llama.cpp's converter read.\n"
+        "SRC is a run directory, a Hugging Face directory, a .gguf file or a llama2.c .bin file. Nothing is visible\n"
+        "under DST until all of it is there.",
+        [
+            "qmax convert runs/demo/sft models/demo",
+            "qmax convert models/Qwen3-0.6B models/Qwen3-0.6B-f32 --dtype float32",
+        ],
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help="the model to convert")
+    parser.add_argument("target", type=Path, metavar="DST", help="directory to make")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="type of the weights (default: what they are; bfloat16 for a run)"
+    )
+    parser.add_json()
+    return parser
+
+
+class Lazy(Mapping[str, Any]):
+    """Weights of a Hugging Face directory, read when they are asked for and not kept."""
+
+    def __init__(self, source: HuggingFaceSource, shapes: Mapping[str, tuple[int, ...]]):
+        self.read, self.shapes = source.checkpoint.read, shapes
+        self.rules = {name: rule for rule in source.checkpoint.rules(shapes) for name in rule.ours}
+        self.waiting: dict[str, np.ndarray] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.waiting:
+            self.waiting |= self.rules[name].read(self.read, self.shapes)
+        return self.waiting.pop(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rules)
+
+    def __len__(self) -> int:
+        return len(self.rules)
+
+
+def convert(source: Source, target: Path, dtype: str = "") -> dict[str, Any]:
+    """Writes `source` to `target`; `dtype` empty keeps types that are known. Returns what was written, for a table.
+
+    Raises:
+        UserError: as the reader and the writer do.
+    """
+    import jax
+
+    from model.hf.families import family_of_config
+    from model.hf.writing import write_checkpoint
+    from model.load import HuggingFaceSource, layout, make_skeleton
+    from sharding.mesh import MeshConfig, make_mesh
+
+    config = source.config
+    family = family_of_config(config)
+    skeleton = make_skeleton(config, stacked=False)
+    kept: dict[str, Any] = {}
+    if isinstance(source, HuggingFaceSource):
+        weights: Mapping[str, Any] = Lazy(source, skeleton.shapes)
+        if not dtype:
+            entries = source.checkpoint.tensors.directory.entries
+            kept = {plain: entries[name].dtype for plain, name in source.checkpoint.names.items() if name in entries}
+            kept = {name: kind for name, kind in kept.items() if kind.itemsize > 1}
+    else:
+        weights = source.weights(layout(skeleton, make_mesh(MeshConfig(), jax.devices()[:1])), "float32")
+    files, settings = beside(source)
+    total = (config.parameters_total + config.mtp_parameters) * (4 if dtype == "float32" else 2)
+    done = 0
+
+    with progress_bar("convert", total, unit="bytes") as bar:
+
+        def progress(size: int) -> None:
+            nonlocal done
+            done += size
+            bar.advance(size)
+
+        write_checkpoint(
+            target,
+            config,
+            skeleton.shapes,
+            weights,
+            files,
+            dtype=dtype or "bfloat16",
+            kept=kept,
+            settings=settings,
+            progress=progress,
+        )
+    return {
+        "architecture": family.architecture,
+        "parameters": config.parameters_total,
+        "bytes": done,
+        "words": human_bytes(done),
+    }
+
+
+def beside(source: Source) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Files of the tokenizer and for generation, and what the tokenizer adds to config.json."""
+    from model.hf.writing import to_json
+    from model.tokenizer_export import hugging_face_files
+
+    try:
+        tokenizer = source.tokenizer()
+    except UserError as exc:
+        print(f"qmax: {exc}; the weights are written without a tokenizer", file=sys.stderr)
+        return {}, {}
+    files = hugging_face_files(tokenizer)
+    ends = list(tokenizer.stop_ids)
+    generation: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_id, "do_sample": True}
+    own = source.path / "generation_config.json"
+    files["generation_config.json"] = own.read_bytes() if own.is_file() else to_json(generation)
+    return files, {"eos_token_id": ends[0] if ends else None, "pad_token_id": tokenizer.pad_id}

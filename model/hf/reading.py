@@ -1,0 +1,175 @@
+"""A Hugging Face directory to our weights, tensor by tensor, straight onto the devices that hold them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from errors import UserError
+from model.config import ModelConfig
+from model.hf.families import Experts, experts_layout, family_of_settings, model_rules
+from model.hf.quantised import Tensors, fp8_block
+from model.hf.rules import Copy, ExpertsEach, ExpertsFused, Rule, Shapes
+from model.hf.safetensors import Directory
+
+IGNORED = re.compile(r"rotary_emb\.inv_freq$|^model\.visual\.|^visual\.")
+"""Tensors that hold nothing a text model needs."""
+
+SHOWN = 12
+"""Tensors of each kind that a refusal names."""
+
+Place = Callable[[str, np.ndarray], jax.Array]
+"""Puts a weight, by our name, where it belongs."""
+
+
+class Checkpoint:
+    """A model directory: its config and its tensors.
+
+    Raises:
+        UserError: config.json or a tensor file is missing or damaged, or the architecture is not known.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        settings = read_settings(self.path)
+        self.family = family_of_settings(settings)
+        text = settings.get("text_config")
+        self.nested = isinstance(text, dict)
+        self.settings: dict[str, Any] = {**settings, **text} if isinstance(text, dict) else settings
+        self.tensors = Tensors(Directory(self.path), fp8_block(self.settings))
+        self.names = {plain_name(name): name for name in self.tensors.shapes}
+        self.config = self._config()
+
+    def _config(self) -> ModelConfig:
+        try:
+            config = self.family.read(self.settings)
+        except UserError as exc:
+            raise UserError(f"{self.path / 'config.json'}: {exc}") from exc
+        except (TypeError, ValueError, AttributeError) as exc:
+            raise UserError(f"{self.path / 'config.json'} is damaged: {exc}") from exc
+        beside = any(name.startswith("mtp.") for name in self.names)
+        further = f"model.layers.{config.num_layers}.eh_proj.weight" in self.names
+        tied = config.tie_embeddings and "lm_head.weight" not in self.names
+        layers = int(beside or further)
+        return replace(config, mtp_layers=layers, layout=self.family.model_type, tie_embeddings=tied)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor by its plain name."""
+        return self.tensors.shapes[self.names[name]]
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor by its plain name; a view of its file where it needs no arithmetic."""
+        return self.tensors.read(self.names[name])
+
+    def experts(self) -> Experts:
+        """How experts lie in this checkpoint, told from names and shapes."""
+        fused = sorted(name for name in self.names if name.endswith("mlp.experts.gate_up_proj"))
+        if self.family.model_type == "gpt_oss":
+            return experts_layout(self.config, self.family)
+        if not fused:
+            return lambda theirs: ExpertsEach("", theirs)
+        turned = self.shape(fused[0])[1] == self.config.hidden_size != 2 * self.config.moe.intermediate_size
+        return lambda theirs: ExpertsFused("", theirs, turned)
+
+    def rules(self, shapes: Shapes) -> list[Rule]:
+        """The table of this checkpoint, after a check that it is complete.
+
+        Raises:
+            UserError: tensors that are missing, unknown or of another shape, all of them together.
+        """
+        rules = model_rules(self.config, self.family, self.experts())
+        expected = {name: shape for rule in rules for name, shape in rule.expected(shapes).items()}
+        optional = {name for rule in rules if isinstance(rule, Copy) for name in rule.expected(shapes)}
+        missing = [name for name in expected if name not in self.names and name not in optional]
+        unused = [name for name in self.names if name not in expected and not IGNORED.search(name)]
+        wrong = [
+            f"{name} {self.shape(name)} instead of {shape}"
+            for name, shape in expected.items()
+            if name in self.names and self.shape(name) != shape
+        ]
+        found = (("missing", missing), ("not used", unused), ("of the wrong shape", wrong))
+        if any(names for _, names in found):
+            parts = [f"{len(names)} {kind}: {_some(names)}" for kind, names in found if names]
+            raise UserError(f"the tensors of {self.path} are not those of its config.json; {'; '.join(parts)}")
+        return rules
+
+    def load(self, shapes: Shapes, place: Place, progress: Callable[[int], None] | None = None) -> dict[str, jax.Array]:
+        """All weights, each put in its place as soon as it is read.
+
+        Args:
+            shapes: of our weights in list form.
+            place: puts one onto the devices.
+            progress: told the bytes of each weight.
+        """
+        rules = self.rules(shapes)
+        for rule in rules:
+            if isinstance(rule, Copy):
+                self._check_copy(rule, rules, shapes)
+
+        def one(rule: Rule) -> dict[str, jax.Array]:
+            found = {}
+            for name, view in rule.read(self.read, shapes).items():
+                found[name] = place(name, view)
+                if progress is not None:
+                    progress(view.nbytes)
+            return found
+
+        with ThreadPoolExecutor(2) as pool:
+            return {name: array for found in pool.map(one, rules) for name, array in found.items()}
+
+    def _check_copy(self, copy: Copy, rules: list[Rule], shapes: Shapes) -> None:
+        """UserError if a tensor that should repeat another does not."""
+        (name,) = copy.expected(shapes)
+        if name not in self.names:
+            return
+        original = next(r for r in rules if not isinstance(r, Copy) and set(r.ours) & set(copy.rule.ours))
+        (other,) = original.expected(shapes)
+        if not np.array_equal(self.read(name), self.read(other)):
+            raise UserError(f"{name} of {self.path} is not the copy of {other} that it should be")
+
+
+def plain_name(name: str) -> str:
+    """The name in a text-only checkpoint of a tensor of one with more modalities."""
+    return re.sub(r"^(model\.language_model|language_model\.model)\.", "model.", name)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """config.json. UserError where it is missing or damaged."""
+    try:
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise UserError(f"{path} holds no readable config.json: {exc.strerror}") from exc
+    except ValueError as exc:
+        raise UserError(f"{path / 'config.json'} is not JSON: {exc}") from exc
+    if not isinstance(settings, dict):
+        raise UserError(f"{path / 'config.json'} must hold a JSON object")
+    return settings
+
+
+def onto(sharding_of: Mapping[str, jax.sharding.Sharding], dtype: Any) -> Place:
+    """Puts weights under their shardings, as `dtype`; each device is given just its share."""
+
+    def place(name: str, view: np.ndarray) -> jax.Array:
+        sharding = sharding_of[name]
+        if len(sharding.device_set) == 1:
+            # A contiguous view would be shared, not copied, and the file may change under it.
+            array = jax.device_put(np.array(view) if view.flags.c_contiguous else view, sharding)
+        else:
+            array = jax.make_array_from_callback(view.shape, sharding, lambda index: np.ascontiguousarray(view[index]))
+        return array if array.dtype == dtype else jnp.astype(array, dtype)
+
+    return place
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")

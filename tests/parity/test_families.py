@@ -1,0 +1,143 @@
+"""Law: a checkpoint of any family, as transformers saves it, computes the same here, and goes back as it came.
+
+Every norm, bias, sink and decay is random. `QMAX_PARITY_SEED=N` repeats a run.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from model.cache import empty_cache
+from model.convert_verb import convert
+from model.forward import Batch, continuation, forward, unembed
+from model.hf.safetensors import Directory
+from model.load import open_model, read_model
+from sharding.mesh import MeshConfig, make_mesh
+
+from . import hf_families
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("QMAX_PARITY") != "1", reason="./run.sh test --parity"),
+    pytest.mark.filterwarnings("default"),
+]
+
+SEED = int(os.environ.get("QMAX_PARITY_SEED") or secrets.randbits(31))
+TOLERANCE = 1e-4
+FAMILIES = list(hf_families.FAMILIES)
+LINEAR = [name for name in FAMILIES if name.startswith("qwen3_next") or name.startswith("qwen3_5")]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    print(f"QMAX_PARITY_SEED={SEED}")
+
+
+@functools.cache
+def example(name: str) -> tuple[Any, Path]:
+    """The model in transformers, and the directory that it saved."""
+    folder = Path(tempfile.mkdtemp(prefix=f"qmax-{name}-"))
+    model = hf_families.build(name, SEED)
+    hf_families.save(model, folder)
+    return model, folder
+
+
+@functools.cache
+def ours(name: str):
+    return load(example(name)[1])
+
+
+def load(folder: Path):
+    """Our model of a directory, in float32."""
+    return read_model(open_model(folder), make_mesh(MeshConfig(), jax.devices()[:1]), dtype="float32")
+
+
+def tokens_of(length: int, rows: int = 2) -> np.ndarray:
+    return np.random.default_rng(SEED).integers(3, 128, (rows, length)).astype(np.int32)
+
+
+@jax.jit
+def whole(model: Any, tokens: Any, segments: Any) -> Any:
+    positions = np.cumsum(np.ones_like(segments), axis=1) - 1 if segments is None else (segments.cumsum(1) - 1).clip(0)
+    return unembed(model, forward(model, Batch(tokens, positions, segments)).hidden_BTD)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits(name: str):
+    tokens = tokens_of(40)
+    expected = hf_families.logits(example(name)[0], tokens)
+    found = whole(ours(name), tokens, np.ones_like(tokens))
+    assert np.abs(found - expected).max() <= TOLERANCE
+    assert np.abs(expected).max() > 0.1
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 130])
+@pytest.mark.parametrize("name", LINEAR)
+def test_around_the_edges_of_chunks(name: str, length: int):
+    tokens = tokens_of(length)
+    expected = hf_families.logits(example(name)[0], tokens)
+    assert np.abs(whole(ours(name), tokens, np.ones_like(tokens)) - expected).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_left_padding(name: str):
+    tokens = tokens_of(21)
+    mask = np.ones_like(tokens)
+    mask[0, :9] = 0
+    expected = hf_families.logits(example(name)[0], tokens, mask)
+    found = whole(ours(name), tokens, mask)
+    assert np.abs((found - expected)[mask > 0]).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prefill_and_decode(name: str):
+    """Prompts of two lengths are read into a cache; then token after token."""
+    tokens, model = tokens_of(30), ours(name)
+    expected = hf_families.logits(example(name)[0], tokens)
+    lengths = np.array([17, 9], np.int32)
+    cache = empty_cache(model.config, 2, 40, np.dtype(np.float32))
+
+    @jax.jit
+    def step(model: Any, batch: Batch, cache: Any) -> Any:
+        output = forward(model, batch, cache)
+        return unembed(model, output.hidden_BTD), output.cache
+
+    prompt = np.where(np.arange(17)[None] < lengths[:, None], tokens[:, :17], 0)
+    valid = np.arange(17)[None] < lengths[:, None]
+    logits, cache = step(model, continuation(prompt, cache.lengths_B, valid), cache)
+    assert np.abs(np.asarray(logits) - expected[:, :17])[valid].max() <= TOLERANCE
+    for _ in range(13):
+        column = np.asarray(cache.lengths_B)
+        batch = continuation(tokens[np.arange(2), column][:, None], cache.lengths_B)
+        logits, cache = step(model, batch, cache)
+        assert np.abs(logits[:, 0] - expected[np.arange(2), column]).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_round_trip(name: str, tmp_path: Path):
+    """Converted, every tensor has the same bits under the same name, and transformers loads it without a word."""
+    import transformers
+
+    model, folder = example(name)
+    convert(open_model(folder), tmp_path / "out")
+    before, after = Directory(folder), Directory(tmp_path / "out")
+    assert before.entries.keys() == after.entries.keys()
+    for tensor in before.entries:
+        old, new = before.view(tensor), after.view(tensor)
+        assert old.dtype == new.dtype and old.tobytes() == new.tobytes(), tensor
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, attn_implementation="eager", dtype="float32"
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokens = tokens_of(24)
+    expected = hf_families.logits(model, tokens)
+    assert np.abs(hf_families.logits(again.eval(), tokens) - expected).max() <= 1e-5
+    assert open_model(tmp_path / "out").config == open_model(folder).config
