@@ -31,6 +31,8 @@ VERBS = (
     Verb("train", "train what a config describes: pretraining or instruction tuning", "train.main:train_main"),
     Verb("generate", "continue a prompt", "serve.generate_verb:generate_main"),
     Verb("chat", "talk to a model in the terminal", "serve.generate_verb:chat_main"),
+    Verb("score", "log-probabilities of given tokens", "train.score_verb:score_main"),
+    Verb("convert", "write a model as a Hugging Face directory", "model.convert_verb:convert_main"),
     Verb("report", "render a run's report.html", "train.report:report_main"),
     Verb("doctor", "what is on this machine, and what will be slow", "train.doctor:doctor_main"),
 )

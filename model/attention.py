@@ -205,12 +205,13 @@ class Attention(nnx.Module):
         def one(weight: nnx.Param, bias: nnx.Param | None, heads: str) -> Array:
             y = jnp.einsum("btd,dnh->btnh", x_BTD, weight[...].astype(dtype))
             y = y if bias is None else y + bias[...].astype(dtype)
-            y = jnp.clip(y, -self.clip, self.clip) if self.clip else y
             return constrain(y, "batch", "length", heads, "head_dim")
 
         q_BTNH = self.normed(self.q_norm, one(self.q_DNH, self.q_bias_NH, "heads"))
         k_BTKH = self.normed(self.k_norm, one(self.k_DKH, self.k_bias_KH, "kv_heads"))
         v_BTKH = one(self.v_DKH, self.v_bias_KH, "kv_heads")
+        if self.clip:
+            q_BTNH, k_BTKH, v_BTKH = (jnp.clip(x, -self.clip, self.clip) for x in (q_BTNH, k_BTKH, v_BTKH))
         return rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin), v_BTKH
 
     def normed(self, norm: RMSNorm | None, x_BTNH: Array) -> Array:

@@ -173,6 +173,11 @@ class LatentAttentionConfig:
         return count + self.kv_rank * heads * (self.nope_dim + self.value_dim) + heads * self.value_dim * width
 
 
+def mscale(factor: float, weight: float) -> float:
+    """YaRN's factor on attention, `0.1 m ln(s) + 1` (arXiv 2309.00071, equation 22, with DeepSeek's weight m)."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
 AttentionKind = Literal["full", "sliding", "linear"]
 
 
@@ -215,7 +220,7 @@ class ModelConfig:
     qk_norm_whole: bool = False
     """Make that one norm over the channels of all heads together (OLMoE)."""
     qkv_clip: float = 0.0
-    """Largest magnitude of queries, keys and values after projection; 0 for no limit (OLMoE)."""
+    """Largest magnitude of queries, keys and values before rotation; 0 for no limit (OLMoE)."""
     qkv_bias: bool = False
     """Bias on the query, key and value projections (Qwen2)."""
     output_bias: bool = False

@@ -92,8 +92,10 @@ def convert(source: Source, target: Path, dtype: str = "") -> dict[str, Any]:
     family = family_of_config(config)
     skeleton = make_skeleton(config, stacked=False)
     kept: dict[str, Any] = {}
+    experts = None
     if isinstance(source, HuggingFaceSource):
         weights: Mapping[str, Any] = Lazy(source, skeleton.shapes)
+        experts = source.checkpoint.experts()
         if not dtype:
             entries = source.checkpoint.tensors.directory.entries
             kept = {plain: entries[name].dtype for plain, name in source.checkpoint.names.items() if name in entries}
@@ -119,6 +121,7 @@ def convert(source: Source, target: Path, dtype: str = "") -> dict[str, Any]:
             files,
             dtype=dtype or "bfloat16",
             kept=kept,
+            experts=experts,
             settings=settings,
             progress=progress,
         )

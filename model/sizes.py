@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from errors import UserError, did_you_mean
-from model.config import ModelConfig, MoEConfig, RopeConfig
+from model.config import LatentAttentionConfig, LinearAttentionConfig, ModelConfig, MoEConfig, RopeConfig, mscale
 
 
 def _attention(hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int) -> ModelConfig:
@@ -110,7 +110,124 @@ _LLAMA = {
     ),
 }
 
-NAMED: dict[str, ModelConfig] = {**_QWEN2, **_QWEN3, **_LLAMA}
+
+def _hybrid(shape: ModelConfig, linear_heads: int, *, vocab: int = 248_320) -> ModelConfig:
+    """Qwen3-Next, Qwen3.5, 3.6 and 3.8: three layers of Gated DeltaNet, then one of gated attention."""
+    return replace(
+        shape,
+        vocab_size=vocab,
+        attention_pattern=("linear", "linear", "linear", "full"),
+        attention_gate=True,
+        norm="zero_centred",
+        linear=LinearAttentionConfig(num_key_heads=16, num_value_heads=linear_heads),
+        rope=RopeConfig(theta=1e7, share=0.25),
+        max_positions=262_144,
+    )
+
+
+def _hybrid_dense(shape: ModelConfig, intermediate: int, linear_heads: int, *, tie: bool = False) -> ModelConfig:
+    return replace(_hybrid(shape, linear_heads), intermediate_size=intermediate, tie_embeddings=tie)
+
+
+def _hybrid_moe(config: ModelConfig, experts: int, chosen: int, width: int) -> ModelConfig:
+    """With experts in every layer, one of them shared and gated."""
+    moe = MoEConfig(
+        num_experts=experts, experts_per_token=chosen, intermediate_size=width, shared_intermediate_size=width
+    )
+    return replace(config, moe=moe, intermediate_size=width)
+
+
+_QWEN35_27B = _hybrid_dense(_attention(5120, 64, 24, 4, 256), 17_408, 48)
+_QWEN35_35B = _hybrid_moe(_hybrid(_attention(2048, 40, 16, 2, 256), 32), 256, 8, 512)
+
+_HYBRID = {
+    "Qwen3-Next-80B-A3B": replace(
+        _hybrid_moe(_hybrid(_attention(2048, 48, 16, 2, 256), 32, vocab=151_936), 512, 10, 512),
+        intermediate_size=5120,
+    ),
+    "Qwen3.5-0.8B": _hybrid_dense(_attention(1024, 24, 8, 2, 256), 3584, 16, tie=True),
+    "Qwen3.5-2B": _hybrid_dense(_attention(2048, 24, 8, 2, 256), 6144, 16, tie=True),
+    "Qwen3.5-4B": _hybrid_dense(_attention(2560, 32, 16, 4, 256), 9216, 32, tie=True),
+    "Qwen3.5-9B": _hybrid_dense(_attention(4096, 32, 16, 4, 256), 12_288, 32),
+    "Qwen3.5-27B": _QWEN35_27B,
+    "Qwen3.6-27B": _QWEN35_27B,
+    "Qwen3.8-27B": _QWEN35_27B,
+    "Qwen3.5-35B-A3B": _QWEN35_35B,
+    "Qwen3.6-35B-A3B": _QWEN35_35B,
+    "Qwen3.5-122B-A10B": _hybrid_moe(_hybrid(_attention(3072, 48, 32, 2, 256), 64), 256, 8, 1024),
+    "Qwen3.5-397B-A17B": _hybrid_moe(_hybrid(_attention(4096, 60, 32, 2, 256), 64), 512, 10, 1024),
+    "Qwen3.8-2.4T-A95B": replace(
+        _hybrid_moe(_hybrid(_attention(8192, 92, 64, 4, 256), 128), 512, 10, 2048), mtp_layers=1
+    ),
+}
+
+
+def _gpt_oss(layers: int, experts: int) -> ModelConfig:
+    """gpt-oss: sinks, a window in every other layer, biases everywhere."""
+    return replace(
+        _attention(2880, layers, 64, 8, 64),
+        vocab_size=201_088,
+        intermediate_size=2880,
+        attention_pattern=("sliding", "full"),
+        sliding_window=128,
+        sinks=True,
+        qk_norm=False,
+        qkv_bias=True,
+        output_bias=True,
+        norm="float32",
+        norm_eps=1e-5,
+        rope=RopeConfig(theta=150_000.0, scaling="yarn", factor=32.0, original_max_positions=4096, truncate=False),
+        moe=MoEConfig(
+            num_experts=experts, experts_per_token=4, intermediate_size=2880, bias=True, activation="clamped"
+        ),
+        max_positions=131_072,
+    )
+
+
+_RIVALS = {
+    "DeepSeek-V3": ModelConfig(
+        vocab_size=129_280,
+        hidden_size=7168,
+        num_layers=61,
+        num_heads=128,
+        num_kv_heads=128,
+        head_dim=64,
+        intermediate_size=18_432,
+        qk_norm=False,
+        latent=LatentAttentionConfig(kv_rank=512, query_rank=1536, nope_dim=128, rope_dim=64, value_dim=128),
+        rope=RopeConfig(theta=10_000.0, scaling="yarn", factor=40.0, original_max_positions=4096, attention_factor=1.0),
+        attention_multiplier=mscale(40.0, 1.0) ** 2,
+        moe=MoEConfig(
+            num_experts=256,
+            experts_per_token=8,
+            intermediate_size=2048,
+            shared_intermediate_size=2048,
+            shared_gate=False,
+            score="sigmoid",
+            scale=2.5,
+            num_groups=8,
+            groups_per_token=4,
+            selection_bias=True,
+            dense_layers=(0, 1, 2),
+        ),
+        mtp_layers=1,
+        max_positions=163_840,
+    ),
+    "gpt-oss-20b": _gpt_oss(24, 32),
+    "gpt-oss-120b": _gpt_oss(36, 128),
+    "OLMoE-1B-7B": replace(
+        _attention(2048, 16, 16, 16, 128),
+        vocab_size=50_304,
+        intermediate_size=1024,
+        qk_norm_whole=True,
+        norm_eps=1e-5,
+        rope=RopeConfig(theta=10_000.0),
+        moe=MoEConfig(num_experts=64, experts_per_token=8, intermediate_size=1024, normalize=False),
+        max_positions=4096,
+    ),
+}
+
+NAMED: dict[str, ModelConfig] = {**_QWEN2, **_QWEN3, **_HYBRID, **_LLAMA, **_RIVALS}
 """Published name -> sizes."""
 
 

@@ -16,10 +16,11 @@ import numpy as np
 
 from errors import UserError
 from model.config import ModelConfig
-from model.hf.families import Experts, experts_layout, family_of_settings, model_rules
+from model.hf.families import family_of_settings
 from model.hf.quantised import Tensors, fp8_block
 from model.hf.rules import Copy, ExpertsEach, ExpertsFused, Rule, Shapes
 from model.hf.safetensors import Directory
+from model.hf.tables import Experts, experts_layout, model_rules
 
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|^model\.visual\.|^visual\.")
 """Tensors that hold nothing a text model needs."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from errors import UserError
-from model.config import ModelConfig, RopeConfig
+from model.config import ModelConfig, RopeConfig, mscale
 
 PLAIN = {
     "vocab_size": "vocab_size",
@@ -79,11 +79,6 @@ def rope(settings: Settings, share: float = 1.0, theta: float = 10_000.0) -> Rop
             fields["attention_factor"] = mscale(factor, found["mscale"]) / mscale(factor, found["mscale_all_dim"])
     fields |= {name: found[name] for name in names if found.get(name) is not None}
     return RopeConfig(**fields)
-
-
-def mscale(factor: float, weight: float) -> float:
-    """YaRN's factor on attention, `0.1 m ln(s) + 1` (arXiv 2309.00071, equation 22, with DeepSeek's weight m)."""
-    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def attention_multiplier(settings: Settings) -> float:

@@ -16,9 +16,10 @@ import numpy as np
 
 from errors import UserError
 from model.config import ModelConfig
-from model.hf.families import family_of_config, model_rules, settings_of
+from model.hf.families import family_of_config, settings_of
 from model.hf.rules import Rule, Shapes
 from model.hf.safetensors import INDEX, SINGLE, header_of, shards, sync, write_tensor
+from model.hf.tables import Experts, model_rules
 
 SHARD_BYTES = 5 * 10**9
 """Largest file of weights, as transformers writes them."""
@@ -46,6 +47,7 @@ def write_checkpoint(
     *,
     dtype: str = "bfloat16",
     kept: Mapping[str, np.dtype] | None = None,
+    experts: Experts | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -58,6 +60,7 @@ def write_checkpoint(
         weights: our weights by name; each is asked for once, in the order of the table.
         files: further files, such as the tokenizer's.
         dtype: of the tensors. kept: types that single tensors have instead.
+        experts: how experts lie, if not as the family usually has them.
         settings: keys of config.json beside those that follow from `config`.
         progress: told the bytes of each tensor.
 
@@ -65,7 +68,7 @@ def write_checkpoint(
         UserError: no family has this architecture, or the directory is taken.
     """
     family = family_of_config(config)
-    rules = model_rules(config, family)
+    rules = model_rules(config, family, experts)
     types = tensor_types(rules, shapes, dtype, kept or {})
     expected = {name: shape for rule in rules for name, shape in rule.expected(shapes).items()}
     sizes = {name: prod(shape) * types[name].itemsize for name, shape in expected.items()}

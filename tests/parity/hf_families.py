@@ -164,7 +164,7 @@ def build(name: str, seed: int) -> Any:
     with torch.no_grad():
         for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if key in kept:
-                tensor.copy_(torch.randn_like(tensor) * (0.3 if tensor.ndim > 1 else 0.2))
+                tensor.copy_(torch.randn_like(tensor) * 0.2)
                 if key.endswith("norm.weight") and not name.startswith("qwen3_"):
                     tensor.add_(1.0)
     return model

@@ -1,0 +1,149 @@
+"""How tensors under the names of GGUF correspond to weights of ours, by the rules of `model.hf.rules`.
+
+llama.cpp keeps the rotary pairs of its architecture `llama` side by side, as Meta's code and llama2.c do; those of
+the Qwen architectures lie half a head apart, as ours do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from errors import UserError
+from model.config import ModelConfig
+from model.hf.reading import Place
+from model.hf.rules import Get, Matrix, Part, Same, Shapes, to_halves
+
+SHOWN = 12
+"""Tensors of each kind that a refusal names."""
+
+
+class Reading(Protocol):
+    """A rule that is only ever read; see `model.hf.rules.Rule`."""
+
+    def expected(self, shapes: Shapes) -> dict[str, tuple[int, ...]]: ...
+    def read(self, get: Get, shapes: Shapes) -> dict[str, np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class Bias:
+    """`[N * H]` of theirs as `[N, H]`. rotary: as in `Part`."""
+
+    theirs: str
+    name: str
+    rotary: int = 0
+
+    def expected(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        return {self.theirs: (prod(shapes[self.name]),)}
+
+    def read(self, get: Get, shapes: Shapes) -> dict[str, np.ndarray]:
+        heads = get(self.theirs).reshape(shapes[self.name])
+        return {self.name: to_halves(heads, 1, self.rotary) if self.rotary else heads}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A matrix for each expert in one tensor, outputs before inputs: `[E, F, D]` of theirs as `[E, D, F]`."""
+
+    theirs: str
+    name: str
+
+    def expected(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        experts, inputs, outputs = shapes[self.name]
+        return {self.theirs: (experts, outputs, inputs)}
+
+    def read(self, get: Get, shapes: Shapes) -> dict[str, np.ndarray]:
+        return {self.name: get(self.theirs).swapaxes(1, 2)}
+
+
+def model_rules(config: ModelConfig, *, interleaved: bool) -> list[Reading]:
+    """The whole table of a model in list form. interleaved: rotary pairs lie side by side in the file."""
+    rules: list[Reading] = [Same("token_embd.weight", "embedding_VD"), Same("output_norm.weight", "norm.weight")]
+    if not config.tie_embeddings:
+        rules.append(Matrix("output.weight", (Part("head_DV"),)))
+    rotary = config.head_dim if interleaved else 0
+    for layer in range(config.num_layers):
+        rules += _attention(config, f"blk.{layer}.", f"stacks.0.blocks.{layer}.", rotary)
+        rules += _feed_forward(config, layer, f"blk.{layer}.", f"stacks.0.blocks.{layer}.")
+    return rules
+
+
+def _attention(config: ModelConfig, theirs: str, block: str, rotary: int) -> list[Reading]:
+    ours = f"{block}attention."
+    rules: list[Reading] = [
+        Same(f"{theirs}attn_norm.weight", f"{block}attention_norm.weight"),
+        Matrix(f"{theirs}attn_q.weight", (Part(f"{ours}q_DNH", rotary=rotary),)),
+        Matrix(f"{theirs}attn_k.weight", (Part(f"{ours}k_DKH", rotary=rotary),)),
+        Matrix(f"{theirs}attn_v.weight", (Part(f"{ours}v_DKH"),)),
+        Matrix(f"{theirs}attn_output.weight", (Part(f"{ours}o_NHD", inputs=2),)),
+    ]
+    if config.qkv_bias:
+        rules += [
+            Bias(f"{theirs}attn_q.bias", f"{ours}q_bias_NH", rotary),
+            Bias(f"{theirs}attn_k.bias", f"{ours}k_bias_KH", rotary),
+            Bias(f"{theirs}attn_v.bias", f"{ours}v_bias_KH"),
+        ]
+    if config.output_bias:
+        rules.append(Same(f"{theirs}attn_output.bias", f"{ours}o_bias_D"))
+    if config.qk_norm:
+        rules += [Same(f"{theirs}attn_{name}_norm.weight", f"{ours}{name}_norm.weight") for name in ("q", "k")]
+    return rules
+
+
+def _feed_forward(config: ModelConfig, layer: int, theirs: str, block: str) -> list[Reading]:
+    ours = f"{block}feed_forward."
+    norm = Same(f"{theirs}ffn_norm.weight", f"{block}feed_forward_norm.weight")
+    names = {"gate": "gate_DF", "up": "up_DF", "down": "down_FD"}
+    if not config.is_moe(layer):
+        return [norm, *(Matrix(f"{theirs}ffn_{name}.weight", (Part(ours + own),)) for name, own in names.items())]
+    names = {"gate": "gate_EDF", "up": "up_EDF", "down": "down_EFD"}
+    router = Matrix(f"{theirs}ffn_gate_inp.weight", (Part(f"{ours}router_DE"),))
+    return [norm, router, *(Experts(f"{theirs}ffn_{name}_exps.weight", ours + own) for name, own in names.items())]
+
+
+def check(rules: Iterable[Reading], shapes: Shapes, found: Shapes, ignored: Iterable[str], where: str) -> None:
+    """Compares the tensors of a file with those that the rules read.
+
+    Raises:
+        UserError: tensors that are missing, not used or of another shape, all of them together.
+    """
+    expected = {name: shape for rule in rules for name, shape in rule.expected(shapes).items()}
+    missing = [name for name in expected if name not in found]
+    unused = sorted(found.keys() - expected.keys() - set(ignored))
+    wrong = [
+        f"{name} {found[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    listed = (("missing", missing), ("not used", unused), ("of the wrong shape", wrong))
+    if any(names for _, names in listed):
+        parts = [f"{len(names)} {kind}: {_some(names)}" for kind, names in listed if names]
+        raise UserError(f"the tensors of {where} are not those of its architecture and sizes; {'; '.join(parts)}")
+
+
+def load(
+    rules: Iterable[Reading], get: Get, shapes: Shapes, place: Place, progress: Callable[[int], None] | None
+) -> dict[str, jax.Array]:
+    """All weights; each is put in its place before the next one is read, so that one at a time is on the host."""
+    weights: dict[str, jax.Array] = {}
+    for rule in rules:
+        for name, view in rule.read(get, shapes).items():
+            weights[name] = place(name, view)
+            if progress is not None:
+                progress(view.nbytes)
+    return weights
+
+
+def shapes_of(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """Shape of each array by name."""
+    return {name: array.shape for name, array in tensors.items()}
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
