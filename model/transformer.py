@@ -196,9 +196,8 @@ class Transformer(nnx.Module):
             [Stack(config, pattern, repeats, key) for pattern, repeats in stack_plan(config, stacked)]
         )
         self.norm = RMSNorm(D, config.norm_eps, config.norm)
-        self.mtp = None
-        if config.mtp_layers:
-            self.mtp = NextTokenBlock(config, nnx.Rngs(jax.random.fold_in(key, config.num_layers + 1)))
+        own = nnx.Rngs(jax.random.fold_in(key, config.num_layers + 1))
+        self.mtp = NextTokenBlock(config, own) if config.mtp_layers else None
         self.head_DV = None if config.tie_embeddings else weight(rngs, (D, V), ("embed", "vocab"), D)
         self.config = config
         self.dtype = dtype

@@ -26,7 +26,12 @@ HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "sentencepiece", "t
 FILE_LINES, FUNCTION_LINES = 450, 80
 KERNEL_FILE_LINES, KERNEL_FUNCTION_LINES = 600, 150
 FILE_BYTES, REPOSITORY_BYTES = 4 * 2**20, 20 * 2**20
-IMPORT_NAMES = {"absl-py": "absl", "orbax-checkpoint": "orbax", "tensorboardx": "tensorboardX"}
+IMPORT_NAMES = {
+    "absl-py": "absl",
+    "orbax-checkpoint": "orbax",
+    "tensorboardx": "tensorboardX",
+    "ml-dtypes": "ml_dtypes",
+}
 TREE_LEAVES = ("tests", "bench", "notebooks", "configs/demo_data", "serve/ui", ".ci")
 """Folders that the README's tree names as a whole."""
 

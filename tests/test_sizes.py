@@ -158,6 +158,7 @@ def test_what_sets_the_families_apart():
     assert {name for name, config in NAMED.items() if config.tie_embeddings} == {
         *("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B"),
         *("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B", "Qwen3-4B-2507"),
+        *("Qwen3.5-0.8B", "Qwen3.5-2B", "Qwen3.5-4B"),
     }
 
 
@@ -165,7 +166,7 @@ def test_what_sets_the_families_apart():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parameters_are_the_modules_elements(name: str, stacked: bool):
     skeleton = Skeleton(abstract(VARIANTS[name], stacked=stacked))
-    weights = [shape for path, shape in skeleton.shapes.items() if not path.endswith("bias_E")]
+    weights = [skeleton.shapes[path] for path in skeleton.weights]
     assert VARIANTS[name].parameters_total + VARIANTS[name].mtp_parameters == sum(map(prod, weights))
     assert (len(weights) < len(skeleton.shapes)) == VARIANTS[name].moe.selection_bias
 
