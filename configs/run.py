@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from errors import UserError
@@ -112,6 +112,8 @@ class LossConfig:
     """Weight of the load-balance loss over the global batch (arXiv 2501.11873)."""
     router_z_loss: float = 0.0001
     """Weight of the squared log-partition of the router."""
+    mtp: float = 0.1
+    """Weight of the loss of the token after the next, where model.mtp_layers has a block for it."""
     bias_update_rate: float = 0.0
     """Step of the selection bias towards even load; needs model.moe.selection_bias."""
 
@@ -148,7 +150,13 @@ class Run:
     objective: Literal["pretrain", "sft"] = "pretrain"
     """pretrain: every token of raw text; sft: the assistant's turns of conversations."""
     init_from: str = ""
-    """A run directory whose weights to start from."""
+    """A MODEL whose weights to start from: a run, a Hugging Face directory, a .gguf or a llama2.c file."""
+    init_model: Literal["config", "source"] = "config"
+    """Who gives the model's sizes: this config, or `init_from` (and `model` is left out)."""
+    init_how: Literal["same", "upcycle"] = "same"
+    """same: weights as they are; upcycle: a mixture of experts (`model.moe`) cut from the layers of a dense model."""
+    upcycle_fresh: float = 0.5
+    """Share of the channels of each upcycled expert that starts at random."""
     steps: int = 100
     """Optimizer steps."""
     seed: int = 0
@@ -184,14 +192,44 @@ class Run:
             raise UserError(
                 f"{rows} rows of a micro-batch do not divide over data x fsdp x expert = {self.mesh.batch_shards}"
             )
-        if self.data.sequence_length > self.model.max_positions:
-            raise UserError(
-                f"data.sequence_length={self.data.sequence_length} is longer than "
-                f"model.max_positions={self.model.max_positions}"
-            )
-        check_divides(self.model, self.mesh)
-        if self.loss.bias_update_rate and not self.model.moe.selection_bias:
-            raise UserError("loss.bias_update_rate needs model.moe.selection_bias true")
+        check_start(self)
+        # Sizes that init_from gives are not known yet; they are judged when they take the place of `model`.
+        if self.init_model == "config":
+            check_model(self)
+
+
+def check_start(run: Run) -> None:
+    """Refuses fields about the first weights that do not fit together."""
+    if not 0 <= run.upcycle_fresh <= 1:
+        raise UserError(f"upcycle_fresh={run.upcycle_fresh} must lie in [0, 1]")
+    for name, default in (("init_model", "config"), ("init_how", "same")):
+        if getattr(run, name) != default and not run.init_from:
+            raise UserError(f"{name}={getattr(run, name)} needs init_from; name a model to start from")
+    if run.init_how == "upcycle":
+        if not run.model.moe.num_experts:
+            raise UserError("init_how=upcycle makes a mixture of experts; set model.moe.num_experts and its sizes")
+        if run.model.moe.activation != "swiglu" or run.model.moe.bias:
+            raise UserError("init_how=upcycle copies experts that dense layers are like: swiglu, without biases")
+    if run.init_model == "source":
+        for own in fields(run.model):
+            allowed = run.init_how == "upcycle" and own.name == "moe"
+            if not allowed and getattr(run.model, own.name) != getattr(ModelConfig(), own.name):
+                raise UserError(
+                    f"init_model=source takes the sizes of {run.init_from}, and the config sets model.{own.name} too; "
+                    "leave it out, or set init_model=config"
+                )
+
+
+def check_model(run: Run) -> None:
+    """Refuses sizes of the model that do not go with the rest of the run."""
+    if run.data.sequence_length > run.model.max_positions:
+        raise UserError(
+            f"data.sequence_length={run.data.sequence_length} is longer than "
+            f"model.max_positions={run.model.max_positions}"
+        )
+    check_divides(run.model, run.mesh)
+    if run.loss.bias_update_rate and not run.model.moe.selection_bias:
+        raise UserError("loss.bias_update_rate needs model.moe.selection_bias true")
 
 
 def check_divides(model: ModelConfig, mesh: MeshConfig) -> None:

@@ -319,6 +319,11 @@ class ModelConfig:
         """Blocks whose feed-forward is routed."""
         return sum(self.is_moe(layer) for layer in range(self.num_layers))
 
+    @property
+    def num_routers(self) -> int:
+        """Routed feed-forwards, that of the multi-token prediction block included."""
+        return self.num_moe_layers + (self.mtp_layers if self.is_moe(self.mtp_layer) else 0)
+
     # ---- parameters -------------------------------------------------------
     def attention_parameters(self, layer: int) -> int:
         """Parameters of the attention of block `layer`."""

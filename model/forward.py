@@ -62,9 +62,7 @@ def forward(model: Transformer, batch: Batch, cache: Cache | None = None, *, rep
             tokens are appended to the cache and attend to all of their row.
         replay: `[L, M, C]` expert choices to use instead of the router's own.
     """
-    with jax.named_scope("embed"):
-        x_BTD = jnp.take(model.embedding_VD[...], batch.tokens_BT, axis=0).astype(model.dtype)
-        x_BTD = constrain(x_BTD, "batch", "length", "embed")
+    x_BTD = embed(model, batch.tokens_BT)
     valid_BT = batch.segments_BT > 0
     context = make_context(model, batch, cache)
     x_BTD, layers = run_stacks(model, x_BTD, context, cache, replay)
@@ -79,6 +77,29 @@ def forward(model: Transformer, batch: Batch, cache: Cache | None = None, *, rep
         return Output(hidden_BTD, cache, None, None)
     stats, experts = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *part) for part in zip(*routed, strict=True))
     return Output(hidden_BTD, cache, stats, experts)
+
+
+def embed(model: Transformer, tokens_BT: Array) -> Float[Array, "B T D"]:
+    """The rows of the embedding for these tokens, in the model's type."""
+    with jax.named_scope("embed"):
+        x_BTD = jnp.take(model.embedding_VD[...], tokens_BT, axis=0).astype(model.dtype)
+        return constrain(x_BTD, "batch", "length", "embed")
+
+
+def predict_further(
+    model: Transformer, batch: Batch, hidden_BTD: Float[Array, "B T D"]
+) -> tuple[Float[Array, "B T D"], RouterStats | None]:
+    """Hidden states that predict the token after the next, through the multi-token prediction block.
+
+    `hidden` is what `forward` gave for this batch without a cache. Where a document's next token is not in the
+    batch the result means nothing.
+    """
+    assert model.mtp is not None, "the model has no block for multi-token prediction"
+    context = make_context(model, batch, None)
+    following_BT = jnp.pad(batch.tokens_BT[:, 1:], ((0, 0), (0, 1)))
+    step = rematerialised(lambda block, hidden, embedded: block(hidden, embedded, context), model.remat)
+    further_BTD, output = step(model.mtp, hidden_BTD, embed(model, following_BT))
+    return further_BTD, output.stats
 
 
 def make_context(model: Transformer, batch: Batch, cache: Cache | None) -> Context:

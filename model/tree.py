@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from model.config import ModelConfig
@@ -28,6 +29,7 @@ class Skeleton:
         self._weights = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(weights)}
         self._state = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
         self.bias_layers = _bias_layers(model)
+        self.further = model.mtp is not None
 
     def split(self, model: Transformer) -> tuple[Arrays, Arrays]:
         """The weights and the other state of `model`, which must have this structure."""
@@ -59,21 +61,39 @@ class Skeleton:
         return {name: tuple(leaf.shape) for name, (_, leaf) in {**self._weights, **self._state}.items()}
 
 
+def list_names(name: str, config: ModelConfig) -> list[str]:
+    """Paths in the list form of what the stacked form holds at `name`, in the order of its leading axis."""
+    kind, *rest = name.split(".")
+    if kind != "stacks":
+        return [name]
+    index, _, position, *path = rest
+    pattern, repeats = stack_plan(config, stacked=True)[int(index)]
+    layers = (pattern[int(position)] + repeat * len(pattern) for repeat in range(repeats))
+    return [".".join(["stacks.0.blocks", str(layer), *path]) for layer in layers]
+
+
 def unstack(arrays: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Arrays of the stacked form under the paths of the list form, one per layer, on the same devices."""
     flat: dict[str, Any] = {}
-    plan = stack_plan(config, stacked=True)
     for name, leaf in arrays.items():
-        kind, *rest = name.split(".")
-        if kind != "stacks":
-            flat[name] = leaf
-            continue
-        index, _, position, *path = rest
-        pattern, repeats = plan[int(index)]
-        for repeat in range(repeats):
-            layer = pattern[int(position)] + repeat * len(pattern)
-            flat[".".join(["stacks.0.blocks", str(layer), *path])] = leaf if repeats == 1 else leaf[repeat]
+        names = list_names(name, config)
+        flat |= {names[0]: leaf} if len(names) == 1 else {own: leaf[i] for i, own in enumerate(names)}
     return flat
+
+
+def stack(arrays: dict[str, Any], config: ModelConfig, shardings: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The inverse of `unstack`. `arrays` is emptied on the way, so that no more than one stack is there twice.
+
+    shardings: of the stacked form, by path; what they do not name stays in `arrays`.
+    """
+    found: dict[str, jax.Array] = {}
+    for name, sharding in shardings.items():
+        layers = [arrays.pop(own) for own in list_names(name, config)]
+        if len(layers) == 1:
+            found[name] = jax.device_put(layers[0], sharding)
+        else:
+            found[name] = jax.jit(lambda *parts: jnp.stack(parts), out_shardings=sharding)(*layers)
+    return found
 
 
 def _bias_layers(model: Transformer) -> dict[str, list[int]]:
@@ -86,6 +106,8 @@ def _bias_layers(model: Transformer) -> dict[str, list[int]]:
             path = f"stacks.{index}.blocks.{position}.feed_forward.bias_E"
             found[path] = [routed + repeat * len(positions) + rank for repeat in range(repeats)]
         routed += len(positions) * repeats
+    if model.mtp is not None:
+        found["mtp.block.feed_forward.bias_E"] = [routed]
     return found if model.config.moe.selection_bias else {}
 
 

@@ -12,10 +12,12 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from configs.run import LossConfig
-from model.forward import Batch, forward
+from model.forward import Batch, forward, predict_further
+from model.moe import RouterStats
 from model.transformer import Transformer
 from sharding.rules import constrain
 
+SHIFTED = "targets", "weights", "segments"
 SMALL_CHUNK, LARGE_CHUNK = 2**24, 2**26
 """Logits (elements per device) that are worth holding at once; and the most that are ever held."""
 
@@ -39,15 +41,16 @@ class Parts:
     z_loss: Float[Array, ""]
     balance_loss: Float[Array, ""]
     router_z_loss: Float[Array, ""]
+    mtp_loss: Float[Array, ""]
     counts_LE: Float[Array, "L E"]
 
 
 def no_parts(model: Transformer) -> Parts:
     """The sums before the first micro-batch."""
-    layers = model.config.num_moe_layers
+    layers = model.config.num_routers
     experts = model.config.moe.num_experts if layers else 0
     zero = jnp.zeros((), jnp.float32)
-    return Parts(zero, zero, zero, zero, jnp.zeros((layers, experts), jnp.float32))
+    return Parts(zero, zero, zero, zero, zero, jnp.zeros((layers, experts), jnp.float32))
 
 
 def chunk_length(batch: int, length: int, vocab: int) -> int:
@@ -178,15 +181,25 @@ def next_token(
 
     `rows` are the arrays of a batch, each `[b, T]`: tokens, positions, segments, targets, weights.
     """
-    output = forward(model, Batch(rows["tokens"], rows["positions"], rows["segments"]))
+    batch = Batch(rows["tokens"], rows["positions"], rows["segments"])
+    output = forward(model, batch)
     with jax.named_scope("loss"):
         total, nll, z = cross_entropy(output.hidden_BTD, model.head(), rows["targets"], rows["weights"], config.z_loss)
     loss = total / totals.weight
     zero = jnp.zeros((), jnp.float32)
-    parts = Parts(nll / totals.weight, z / totals.weight, zero, zero, jnp.zeros_like(before.counts_LE))
-    if output.stats is not None:
+    parts = Parts(nll / totals.weight, z / totals.weight, zero, zero, zero, jnp.zeros_like(before.counts_LE))
+    stats = output.stats
+    if model.mtp is not None:
+        with jax.named_scope("mtp"):
+            further, further_stats = further_token(model, batch, rows, output.hidden_BTD)
+        mtp = further / totals.weight
+        loss += config.mtp * mtp
+        parts = replace(parts, mtp_loss=mtp)
+        if further_stats is not None:
+            last = jax.tree.map(lambda a: a[None], further_stats)
+            stats = last if stats is None else jax.tree.map(lambda *a: jnp.concatenate(a), stats, last)
+    if stats is not None:
         tokens = jnp.maximum(jnp.sum(rows["segments"] > 0), 1).astype(jnp.float32)
-        stats = output.stats
         counts_LE = before.counts_LE + stats.counts_E
         seen = counts_LE[0].sum() / model.config.moe.experts_per_token
         share = tokens / totals.tokens
@@ -195,6 +208,20 @@ def next_token(
         loss += config.balance * balance + config.router_z_loss * router_z
         parts = replace(parts, balance_loss=balance, router_z_loss=router_z, counts_LE=stats.counts_E)
     return loss, jax.tree.map(jnp.add, before, jax.lax.stop_gradient(parts))
+
+
+def further_token(
+    model: Transformer, batch: Batch, rows: dict[str, Array], hidden_BTD: Array
+) -> tuple[Array, RouterStats | None]:
+    """The sum over tokens of `-log p(token after the next)` of the multi-token prediction block, weighted.
+
+    DeepSeek-V3, arXiv 2412.19437, equation 24. A token counts as its successor does, within its document.
+    """
+    further_BTD, stats = predict_further(model, batch, hidden_BTD)
+    targets_BT, weights_BT, segments_BT = (jnp.pad(rows[name][:, 1:], ((0, 0), (0, 1))) for name in SHIFTED)
+    weights_BT = jnp.where(segments_BT == rows["segments"], weights_BT, 0.0)
+    total, _, _ = cross_entropy(further_BTD, model.head(), targets_BT, weights_BT, 0.0)
+    return total, stats
 
 
 def totals(rows: dict[str, Array]) -> Totals:

@@ -72,6 +72,8 @@ def make_train_step(run: Run, skeleton: Skeleton, loss: Loss, optimizer: optax.G
             "skipped": skipped,
             "bad_steps": new.bad_steps,
         }
+        if skeleton.further:
+            metrics["mtp_loss"] = parts.mtp_loss
         if counts_LE.size:
             load_LE = counts_LE / jnp.maximum(counts_LE.mean(axis=-1, keepdims=True), 1e-9)
             metrics |= {"balance_loss": parts.balance_loss, "router_z_loss": parts.router_z_loss}

@@ -18,8 +18,8 @@ import pytest
 
 from model.cache import empty_cache
 from model.convert_verb import convert
-from model.forward import Batch, continuation, forward, unembed
-from model.hf.safetensors import Directory
+from model.forward import Batch, continuation, forward, predict_further, unembed
+from model.hf.safetensors import Directory, header_of, write_tensor
 from model.load import open_model, read_model
 from sharding.mesh import MeshConfig, make_mesh
 
@@ -147,3 +147,71 @@ def test_round_trip(name: str, tmp_path: Path):
     expected = hf_families.logits(model, tokens)
     assert difference(hf_families.logits(again.eval(), tokens), expected) <= 1e-5
     assert open_model(tmp_path / "out").config == open_model(folder).config
+
+
+MTP = {"qwen3_next": "mtp.layers.0.", "qwen3_5_moe": "mtp.layers.0.", "deepseek_v3": "model.layers.3."}
+"""Families whose checkpoints hold a block for multi-token prediction, and where."""
+
+
+def with_mtp(name: str, folder: Path) -> tuple[Any, Any]:
+    """Adds the block to a saved checkpoint; the model in transformers, and its layer that computes the same.
+
+    The block's own weights are those of the last layer once more; what joins its two inputs is random.
+    """
+    import copy
+
+    import torch
+    from transformers.modeling_layers import MtpLayer
+
+    model, saved = example(name)
+    before = Directory(saved)
+    tensors = {key: np.array(before.view(key)) for key in before.entries}
+    last = f"model.layers.{model.config.num_hidden_layers - 1}."
+    block = model.model.layers[-1]
+    torch.manual_seed(SEED + 1)
+    layer = MtpLayer(model.config, lambda config, index: copy.deepcopy(block), type(model.model.norm), 0).float()
+    with torch.no_grad():
+        for part in (layer.enorm, layer.hnorm, layer.eh_proj, layer.post_norm):
+            part.weight.copy_(torch.randn_like(part.weight) * 0.2)
+    names = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
+    prefix = "mtp."
+    if name == "deepseek_v3":
+        names, prefix = ("enorm", "hnorm", "eh_proj", "shared_head.norm"), MTP[name]
+        tensors[f"{prefix}embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
+        tensors[f"{prefix}shared_head.head.weight"] = tensors["lm_head.weight"]
+    parts = (layer.enorm, layer.hnorm, layer.eh_proj, layer.post_norm)
+    tensors |= {f"{prefix}{n}.weight": p.weight.detach().numpy() for n, p in zip(names, parts, strict=True)}
+    tensors |= {MTP[name] + key.removeprefix(last): value for key, value in tensors.items() if key.startswith(last)}
+    folder.mkdir()
+    (folder / "config.json").write_bytes((saved / "config.json").read_bytes())
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(header_of({key: (value.dtype, value.shape) for key, value in tensors.items()}))
+        for value in tensors.values():
+            write_tensor(stream, value)
+    return model, layer
+
+
+@pytest.mark.parametrize("name", MTP)
+def test_multi_token_prediction(name: str, tmp_path: Path):
+    """The block is loaded, computes what transformers computes, and goes back with the same bits."""
+    import torch
+
+    model, layer = with_mtp(name, tmp_path / "in")
+    own, tokens = load(tmp_path / "in"), tokens_of(19)
+    assert own.config.mtp_layers == 1
+    segments = np.ones_like(tokens)
+    batch = Batch(tokens, np.cumsum(segments, axis=1) - 1, segments)
+    hidden = forward(own, batch).hidden_BTD
+    found = predict_further(own, batch, hidden)[0]
+    with torch.no_grad():
+        ids = torch.tensor(tokens)
+        last = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        position_ids = torch.arange(18)[None]
+        mask = torch.full((18, 18), float("-inf")).triu(1)[None, None]
+        rotary = model.model.rotary_emb(last, position_ids)
+        expected = layer(model.model.embed_tokens(ids[:, 1:]), last, rotary, mask, position_ids, None).numpy()
+    assert difference(found[:, :-1], expected) <= TOLERANCE
+    convert(open_model(tmp_path / "in"), tmp_path / "out")
+    before, after = Directory(tmp_path / "in"), Directory(tmp_path / "out")
+    assert sorted(before.entries.keys() ^ after.entries.keys()) == []
+    assert all(before.view(key).tobytes() == after.view(key).tobytes() for key in before.entries)
