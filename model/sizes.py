@@ -144,6 +144,7 @@ _HYBRID = {
     "Qwen3-Next-80B-A3B": replace(
         _hybrid_moe(_hybrid(_attention(2048, 48, 16, 2, 256), 32, vocab=151_936), 512, 10, 512),
         intermediate_size=5120,
+        layout="qwen3_next",
     ),
     "Qwen3.5-0.8B": _hybrid_dense(_attention(1024, 24, 8, 2, 256), 3584, 16, tie=True),
     "Qwen3.5-2B": _hybrid_dense(_attention(2048, 24, 8, 2, 256), 6144, 16, tie=True),

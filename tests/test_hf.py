@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from errors import UserError
-from model.config import LatentAttentionConfig, LinearAttentionConfig, ModelConfig, MoEConfig, RopeConfig
+from model.config import LatentAttentionConfig, LinearAttentionConfig, ModelConfig, MoEConfig, RopeConfig, mscale
 from model.convert_verb import convert
 from model.hf.families import FAMILIES, family_of_config, settings_of
 from model.hf.quantised import FP4
@@ -79,7 +79,7 @@ CONFIGS = {
         qk_norm=False,
         latent=LatentAttentionConfig(kv_rank=6, query_rank=10, nope_dim=6, rope_dim=4, value_dim=5),
         rope=replace(YARN, attention_factor=1.0),
-        attention_multiplier=1.2,
+        attention_multiplier=mscale(4.0, 0.7) ** 2,
         moe=replace(
             SHARED,
             shared_intermediate_size=10,
@@ -141,7 +141,9 @@ def test_what_is_written_is_read_back(name: str, tmp_path: Path):
     found = read(tmp_path / "a")
     assert found.keys() == weights.keys()
     assert all(np.array_equal(found[key], weights[key]) for key in weights)
-    assert replace(open_model(tmp_path / "a").config, layout=config.layout) == config
+    again = open_model(tmp_path / "a").config
+    assert again.attention_multiplier == pytest.approx(config.attention_multiplier, rel=1e-9)
+    assert replace(again, layout=config.layout, attention_multiplier=config.attention_multiplier) == config
     convert(open_model(tmp_path / "a"), tmp_path / "b")
     first, second = raw(tmp_path / "a"), raw(tmp_path / "b")
     assert first.keys() == second.keys()
@@ -157,7 +159,7 @@ def test_settings_of_the_published_sizes_lead_back_to_them(name: str):
     config = NAMED[name]
     family = family_of_config(config)
     settings = json.loads(json.dumps(settings_of(config, family)))
-    again = replace(family.read(settings), mtp_layers=config.mtp_layers)
+    again = replace(family.read(settings), mtp_layers=config.mtp_layers, layout=config.layout)
     close = again.attention_multiplier == pytest.approx(config.attention_multiplier, rel=1e-6)
     assert close and replace(again, attention_multiplier=1.0) == replace(config, attention_multiplier=1.0)
 
