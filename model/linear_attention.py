@@ -61,8 +61,9 @@ def chunked(
     continues = (documents == before[..., None])[:, :, None]  # [chunks, B, 1, size]: sees the memory that comes in
     lasts = (documents == documents[..., -1:])[:, :, None]  # is still in the memory that goes out
 
-    total = jnp.cumsum(g, axis=-1)
     same = (documents[..., :, None] == documents[..., None, :])[:, :, None] & jnp.tri(size, dtype=bool)
+    # Summed over the document alone: in a sum over all, what other documents add cancels but for rounding.
+    total = jnp.einsum("cbnj,cbnij->cbni", g, jnp.broadcast_to(same, (*g.shape, size)).astype(g.dtype))
     decay = jnp.where(same, jnp.exp(jnp.where(same, total[..., :, None] - total[..., None, :], 0.0)), 0.0)
 
     def per_value_head(x: Array) -> Array:

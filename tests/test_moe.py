@@ -46,6 +46,14 @@ BACKENDS: dict[str, Callable] = {
     "grouped_overflowing": lambda *inputs: experts.grouped(*inputs, 3, 2),
     "grouped_buffers_only": lambda *inputs: experts.grouped(*inputs, 64, 8),
 }
+CLAMPED: dict[str, Callable] = {
+    "reference": lambda *inputs: experts.reference(*inputs, "clamped"),
+    "ragged": lambda *inputs: experts.ragged(*inputs, "clamped"),
+    "per_pair": lambda *inputs: experts.per_pair(*inputs, "clamped"),
+    "grouped_blocks_only": lambda *inputs: experts.grouped(*inputs, 0, 4, "clamped"),
+    "grouped_overflowing": lambda *inputs: experts.grouped(*inputs, 3, 2, "clamped"),
+    "grouped_buffers_only": lambda *inputs: experts.grouped(*inputs, 64, 8, "clamped"),
+}
 
 
 @cache
@@ -69,6 +77,30 @@ def values(tokens: int, choices: int, count: int) -> tuple:
 
     params = Experts(normal(count, WIDTH, HIDDEN), normal(count, WIDTH, HIDDEN), normal(count, HIDDEN, WIDTH))
     return normal(tokens, WIDTH), normal(tokens, choices), params, normal(tokens, WIDTH)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_biases_and_the_clamped_activation(backend: str):
+    """Every backend is the reference with them too, gradients included; inputs are large enough to be clamped."""
+    shape, rng = (24, 2, 6), np.random.RandomState(3)
+    x, weights, params, dy = values(*shape)
+    biases = [jnp.asarray(rng.normal(size=(6, size)), jnp.float32) for size in (HIDDEN, HIDDEN, WIDTH)]
+    inputs = (5 * x, weights, Experts(*params[:3], *biases), dy)
+    own, truth = (with_gradients(CLAMPED[name]) for name in (backend, "reference"))
+    for ids_MC in routings(*shape).values():
+        ours, expected = (f(jnp.asarray(ids_MC, jnp.int32), *inputs) for f in (own, truth))
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+            assert np.abs(a - b).max() <= 1e-5 * max(np.abs(b).max(), 1.0)
+
+
+def test_the_clamped_activation_by_hand():
+    gate, up = jnp.asarray([9.0, 1.0, -9.0]), jnp.asarray([-8.0, 2.0, 8.0])
+    expected = [
+        (-7 + 1) * 7 / (1 + np.exp(-1.702 * 7)),
+        (2 + 1) * 1 / (1 + np.exp(-1.702)),
+        (7 + 1) * -9 / (1 + np.exp(1.702 * 9)),
+    ]
+    np.testing.assert_allclose(experts.activate(gate, up, "clamped"), expected, rtol=1e-6)
 
 
 def assert_is_reference(function: Callable, ids_MC: np.ndarray, count: int) -> None:

@@ -17,7 +17,7 @@ import pytest
 from jaxtyping import Array
 
 from model.cache import empty_cache
-from model.config import ModelConfig, MoEConfig, RopeConfig
+from model.config import LatentAttentionConfig, LinearAttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from model.forward import Batch, continuation, forward, unembed
 from model.transformer import Transformer
 from serve.generate import Generator, unstacked
@@ -59,8 +59,34 @@ CONFIGS = {
             dense_layers=(0,),
         ),
     ),
+    "linear and gated full layers": replace(
+        TINY,
+        num_layers=4,
+        attention_pattern=("linear", "full"),
+        linear=LinearAttentionConfig(num_key_heads=2, num_value_heads=4, key_dim=8, value_dim=6),
+        attention_gate=True,
+        norm="zero_centred",
+        rope=RopeConfig(theta=1e4, share=0.5),
+        moe=EXPERTS,
+    ),
+    "latent attention": replace(
+        TINY, latent=LatentAttentionConfig(kv_rank=12, query_rank=20, nope_dim=8, rope_dim=4, value_dim=10)
+    ),
+    "sinks, a window, biases, clamped experts": replace(
+        TINY,
+        attention_pattern=("sliding", "full"),
+        sliding_window=5,
+        sinks=True,
+        qk_norm=False,
+        qkv_bias=True,
+        output_bias=True,
+        norm="float32",
+        moe=replace(EXPERTS, bias=True, activation="clamped"),
+    ),
 }
 NAMES = list(CONFIGS)
+RICHEST = "sigmoid experts in groups, bias, gate, dense layer"
+WINDOWED = "sinks, a window, biases, clamped experts"
 LENGTHS = (19, 13, 4)
 LENGTH = 32
 
@@ -160,7 +186,7 @@ def test_prefill_and_decode_agree_with_teacher_forcing(model: Transformer, docum
     assert stored.lengths_B.tolist() == list(LENGTHS)
 
 
-@pytest.mark.parametrize("name", [NAMES[0], NAMES[-1]])
+@pytest.mark.parametrize("name", [NAMES[0], RICHEST, *NAMES[-3:]])
 def test_the_samplers_log_probs_are_those_of_scoring(name: str, documents: list[np.ndarray]) -> None:
     model = make(name)
     generator = Generator(model, Words(), max_rows=4)
@@ -175,8 +201,9 @@ def test_the_samplers_log_probs_are_those_of_scoring(name: str, documents: list[
         np.testing.assert_allclose(reply.logprobs, scored[row, places, reply.tokens], atol=1e-5)
 
 
-def test_stacked_and_listed_layers_agree(documents: list[np.ndarray]) -> None:
-    stacked = make("softmax experts", stacked=True)
+@pytest.mark.parametrize("name", ["softmax experts", "linear and gated full layers"])
+def test_stacked_and_listed_layers_agree(name: str, documents: list[np.ndarray]) -> None:
+    stacked = make(name, stacked=True)
     batch = rows_of(*[[document] for document in documents])
     np.testing.assert_allclose(log_probs(stacked, batch), log_probs(unstacked(stacked), batch), atol=1e-5)
 
@@ -194,7 +221,7 @@ def test_padding_is_never_routed_or_counted(documents: list[np.ndarray]) -> None
     assert np.all(np.asarray(output.experts_LMC)[:, ~padding] < moe.num_experts)
 
 
-@pytest.mark.parametrize("name", [NAMES[1], NAMES[-1]])
+@pytest.mark.parametrize("name", [NAMES[1], RICHEST, *NAMES[-3:]])
 def test_nothing_flows_from_later_tokens_or_other_documents(name: str) -> None:
     model = make(name)
     pieces = np.split(np.arange(16, dtype=np.int32), [7, 12])  # every token once: its embedding stands for its place
@@ -211,4 +238,7 @@ def test_nothing_flows_from_later_tokens_or_other_documents(name: str) -> None:
     flows = np.abs(gradient_TVD).sum(-1) > 0
     document = np.repeat([0, 1, 2], [7, 5, 4])
     expected = (document[:, None] == document[None]) & np.tri(16, dtype=bool)
+    if name == WINDOWED:  # two layers, of which the second sees all: what counts is that nothing else flows
+        expected &= flows
+        assert flows[6, 0]
     np.testing.assert_array_equal(flows, expected)
