@@ -11,13 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bench import peer_maxtext, table
+from bench import linear, peer_maxtext, table
 from bench.processes import MeasurementError, run_hugging_face, run_maxtext, run_ours
 from bench.shapes import SHAPES, Limits, Shape
 from errors import UserError
 from terminal import write_json
 
-WHAT = ("train", "decode", "prefill", "loss")
+WHAT = ("train", "decode", "prefill", "loss", "load", "delta")
 ROWS = (1, 16)
 """Rows that are decoded together."""
 
@@ -56,6 +56,7 @@ class Bench:
         self.measured: list[dict[str, Any]] = []
         self.parts: dict[str, dict[str, Any]] = {}
         self.loss: Rounds = []
+        self.layers: Rounds = []
         self.hugging_face = options.peer_python
         self.maxtext = options.maxtext_python
         self.maxtext_base = ""
@@ -93,6 +94,24 @@ class Bench:
                     run_ours({"what": "loss", "repeats": self.options.repeats, "width": width}, self.cache)
                 )
                 self.write()
+
+        if "delta" in wanted:
+            self.delta()
+        if "load" in wanted:
+            say("load")
+            found = run_ours({"what": "load", "repeats": self.options.repeats}, self.cache)
+            plain = [{"rates": found["plain_rates"]}]
+            self.layers.append(
+                {
+                    "name": "load 2 GB, float32",
+                    "unit": "GB/s",
+                    "scale": 1e9,
+                    "ours": [found],
+                    "peer": "safetensors to numpy",
+                }
+                | {"theirs": plain, "required": 1 / 1.5}
+            )
+            self.write()
 
     # ---- measurements -------------------------------------------------------
     def train(self, shape: Shape) -> None:
@@ -139,6 +158,23 @@ class Bench:
         ours = {"what": "prefill", "shape": shape.name, "repeats": self.options.repeats}
         job = {"what": "prefill", "experts": EXPERT_PATHS, "tokens": shape.prefill}
         self.by_turns("prefill", shape, ours, self.peer("prefill", shape, job), shape.prefill_bound(self.bounds))
+
+    def delta(self) -> None:
+        """A Gated DeltaNet layer, forward and backward, beside that of transformers."""
+        repeats = self.options.repeats
+        job = {"what": "delta", "config": linear.peer_config(), "tokens": linear.TOKENS, "repeats": repeats}
+        ours: Rounds = []
+        theirs: Rounds = []
+        for number in range(1, self.options.rounds + 1):
+            say(f"Gated DeltaNet, round {number} of {self.options.rounds}")
+            ours.append(run_ours({"what": "delta", "repeats": repeats}, self.cache))
+            if self.hugging_face:
+                theirs.append(run_hugging_face(self.hugging_face, job))
+        self.layers.append(
+            {"name": f"Gated DeltaNet, {linear.TOKENS:,} tokens", "unit": "tokens/s", "scale": 1.0, "ours": ours}
+            | {"peer": "transformers", "theirs": theirs, "required": 1.0}
+        )
+        self.write()
 
     def peer(self, what: str, shape: Shape, job: dict[str, Any]) -> dict[str, Any]:
         """Transformers as the one peer, if it is here."""
@@ -190,6 +226,7 @@ class Bench:
             "measured": self.measured,
             "parts": self.parts,
             "loss": self.loss,
+            "layers": self.layers,
             "notes": self.notes,
         }
 

@@ -249,6 +249,14 @@ def measure(job: dict[str, Any]) -> Result:
         from bench.parts import parts
 
         return parts(**job)
+    if what == "load":
+        from bench.files import load
+
+        return load(**job)
+    if what == "delta":
+        from bench.linear import delta
+
+        return delta(**job)
     return {"train": train, "decode": decode, "prefill": prefill, "loss": loss, "limits": limits}[what](**job)
 
 

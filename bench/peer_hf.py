@@ -110,10 +110,30 @@ def prefill(config, experts, tokens, repeats):
     return {"rates": rates, "spans": clock.spans, "experts": experts[0]}
 
 
+def delta(config, tokens, repeats):
+    """Tokens per second of one Gated DeltaNet layer of Qwen3-Next, forward and backward."""
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet  # pyright: ignore
+
+    torch.manual_seed(0)
+    layer = Qwen3NextGatedDeltaNet(transformers.Qwen3NextConfig(**config), 0).float()
+    x = torch.randn(1, tokens, config["hidden_size"], requires_grad=True)
+    dy = torch.randn_like(x)
+
+    def step():
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+        layer(x).backward(dy)
+
+    clock = Clock()
+    step()
+    step()
+    return {"rates": [tokens / seconds for seconds in clock.take(step, repeats)], "spans": clock.spans}
+
+
 def main():
     """Measures the job in the first argument and prints the result."""
     job = json.loads(sys.argv[1])
-    result = {"train": train, "decode": decode, "prefill": prefill}[job.pop("what")](**job)
+    result = {"train": train, "decode": decode, "prefill": prefill, "delta": delta}[job.pop("what")](**job)
     result["versions"] = {"transformers": transformers.__version__, "torch": torch.__version__}
     result["threads"] = torch.get_num_threads()
     print(json.dumps(result), flush=True)

@@ -133,6 +133,27 @@ def loss_table(found: Sequence[dict[str, Any]]) -> str:
     return markdown((*header, *more), rows)
 
 
+def layers_table(found: Sequence[dict[str, Any]]) -> str:
+    """Single layers and files, beside who does the same."""
+
+    def shown(rounds: Sequence[dict[str, Any]], scale: float) -> str:
+        return cell([{"rates": [rate / scale for rate in one["rates"]]} for one in rounds])
+
+    rows = [
+        [
+            one["name"],
+            one["unit"],
+            shown(one["ours"], one["scale"]),
+            one["peer"] if one["theirs"] else "none",
+            shown(one["theirs"], one["scale"]) if one["theirs"] else "not measured",
+            f"{ratio(one['ours'], one['theirs']):.2f}" if one["theirs"] else "",
+            f"{one['required']:.2f}",
+        ]
+        for one in found
+    ]
+    return markdown(("what", "unit", "ours", "peer", "peer's", "ratio", "required"), rows)
+
+
 def compilations(measured: Sequence[dict[str, Any]]) -> str:
     """A table of what was compiled for each measurement; the worst round counts."""
     rows = [
@@ -169,6 +190,8 @@ def page(report: dict[str, Any]) -> str:
         ]
     if report["loss"]:
         lines += ["Loss and its gradients, float32:", loss_table(report["loss"])]
+    if report["layers"]:
+        lines += ["A layer, and files:", layers_table(report["layers"])]
     if report["measured"]:
         lines += ["Compilations, counted by jax's monitoring events:", compilations(report["measured"])]
     if report["notes"]:

@@ -42,7 +42,8 @@ def chunked(
     Within a chunk the writes depend on each other; in matrix form they solve a unit lower triangular system
     (arXiv 2406.06484, section 3.2, with the decay of 2412.06464, section 3.3).
     """
-    length, size = q_BTKH.shape[1], min(CHUNK, q_BTKH.shape[1])
+    length = q_BTKH.shape[1]
+    size = min(CHUNK, 1 << (length - 1).bit_length())
     batch, _, key_heads, _ = q_BTKH.shape
     heads = v_BTNI.shape[2]
     groups = heads // key_heads
@@ -75,7 +76,7 @@ def chunked(
     system = jnp.where(jnp.tri(size, k=-1, dtype=bool), beta[..., None] * kk * decay, 0.0)
     from_state = jnp.where(continues, jnp.exp(total), 0.0)[..., None]
     right = jnp.concatenate([v, k * from_state], axis=-1) * beta[..., None]
-    solved = jax.scipy.linalg.solve_triangular(system, right, lower=True, unit_diagonal=True)
+    solved = solve_unit_lower(system, right)
     writes, reads = jnp.split(solved, [v.shape[-1]], axis=-1)
     q_state = q * from_state
     to_end = jnp.where(lasts, jnp.exp(jnp.where(lasts, total[..., -1:] - total, 0.0)), 0.0)
@@ -91,6 +92,54 @@ def chunked(
     state_BNHI, out = jax.lax.scan(step, state_BNHI, (writes, reads, qk, q_state, k_end, kept))
     out = jnp.moveaxis(out, (0, 2), (1, 3)).reshape(batch, count * size, heads, -1)
     return out[:, :length], state_BNHI
+
+
+@jax.custom_vjp
+def solve_unit_lower(strict: Float[Array, "*B T T"], right: Float[Array, "*B T X"]) -> Float[Array, "*B T X"]:
+    """The solution Y of `(1 + strict) Y = right` for strictly lower triangular matrices; T is a power of two.
+
+    By matrix products alone, which every backend does well in batches.
+    """
+    return inverse_unit_lower(strict) @ right
+
+
+def inverse_unit_lower(strict: Array) -> Array:
+    """The inverse of `1 + strict`. Diagonal blocks of twice the size are put together at each level:
+    `[[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]]`, which is as stable as forward substitution."""
+    size = strict.shape[-1]
+    inverses = jnp.ones((*strict.shape[:-2], size, 1, 1), strict.dtype)
+    width = 1
+    while width < size:
+        count = size // (2 * width)
+        blocks = strict.reshape(*strict.shape[:-2], count, 2 * width, count, 2 * width)
+        corner = jnp.einsum("...iaib->...iab", blocks)[..., width:, :width]
+        pairs = inverses.reshape(*strict.shape[:-2], count, 2, width, width)
+        first, second = pairs[..., 0, :, :], pairs[..., 1, :, :]
+        below = -small_product(small_product(second, corner), first)
+        above = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+        inverses = jnp.concatenate([above, jnp.concatenate([below, second], axis=-1)], axis=-2)
+        width *= 2
+    return inverses[..., 0, :, :]
+
+
+def small_product(x: Array, y: Array) -> Array:
+    """`x @ y`; of tiny matrices element by element, since a call for each would cost more than the work."""
+    return x @ y if x.shape[-1] > 4 else (x[..., :, :, None] * y[..., None, :, :]).sum(-2)
+
+
+def _solve_forward(strict: Array, right: Array) -> tuple[Array, tuple[Array, Array]]:
+    inverse = inverse_unit_lower(strict)
+    solved = inverse @ right
+    return solved, (inverse, solved)
+
+
+def _solve_backward(saved: tuple[Array, Array], d_solved: Array) -> tuple[Array, Array]:
+    inverse, solved = saved
+    d_right = jnp.swapaxes(inverse, -1, -2) @ d_solved
+    return jnp.tril(-d_right @ jnp.swapaxes(solved, -1, -2), -1), d_right
+
+
+solve_unit_lower.defvjp(_solve_forward, _solve_backward)
 
 
 def recurrent(

@@ -1,0 +1,52 @@
+"""One Gated DeltaNet layer, forward and backward: `delta`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bench.timing import Timings
+from model.config import LinearAttentionConfig, ModelConfig
+from model.linear_attention import GatedDeltaNet
+
+WIDTH, KEY_HEADS, HEADS, HEAD = 1024, 16, 16, 128
+TOKENS = 1024
+"""The layer of Qwen3.5-0.8B, on one row."""
+
+
+def peer_config() -> dict[str, int]:
+    """The same sizes in the words of transformers."""
+    return {
+        "hidden_size": WIDTH,
+        "linear_num_key_heads": KEY_HEADS,
+        "linear_num_value_heads": HEADS,
+        "linear_key_head_dim": HEAD,
+        "linear_value_head_dim": HEAD,
+    }
+
+
+def delta(repeats: int) -> dict[str, Any]:
+    """Tokens per second of the layer and of all its gradients, in float32."""
+    linear = LinearAttentionConfig(num_key_heads=KEY_HEADS, num_value_heads=HEADS, key_dim=HEAD, value_dim=HEAD)
+    config = ModelConfig(
+        hidden_size=WIDTH, num_layers=2, attention_pattern=("linear", "full"), linear=linear, norm="zero_centred"
+    )
+    graphdef, weights = nnx.split(GatedDeltaNet(config, nnx.Rngs(0)))
+    x, dy = (jax.random.normal(jax.random.key(seed), (1, TOKENS, WIDTH)) for seed in (1, 2))
+    valid, documents = jnp.ones((1, TOKENS), bool), jnp.ones((1, TOKENS), jnp.int32)
+
+    def both(weights: Any, x: jax.Array, dy: jax.Array) -> Any:
+        def forward(weights: Any, x: jax.Array) -> jax.Array:
+            return nnx.merge(graphdef, weights)(x, valid, documents, None)[0]
+
+        y, pull = jax.vjp(forward, weights, x)
+        return y, pull(dy)
+
+    compiled, timings = jax.jit(both), Timings()
+    for _ in range(2):
+        jax.block_until_ready(compiled(weights, x, dy))
+    timings.take(lambda: jax.block_until_ready(compiled(weights, x, dy)), repeats)
+    return {"rates": [TOKENS / seconds for seconds in timings.seconds], "spans": timings.spans}
