@@ -7,7 +7,9 @@ A file is untrusted: every length is checked against the file before anything is
 from __future__ import annotations
 
 import mmap
+import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,8 +24,10 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 LARGEST_RANK = 4
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 """Elements that are dequantised at a time: temporary arrays stay small beside the tensor."""
+WORKERS = 8
+"""Most chunks that are dequantised at the same time."""
 
 SCALARS: dict[int, Any] = {
     0: np.uint8,
@@ -165,11 +169,16 @@ def dequantised(raw: np.ndarray, kind: str) -> np.ndarray:
     blocks = raw.reshape(-1, bytes_each)
     out = np.empty((len(blocks), elements), np.float32)
     step = max(1, CHUNK // elements)
-    # A damaged scale may overflow; that is no reason to warn.
-    with np.errstate(all="ignore"):
-        for at in range(0, len(blocks), step):
-            part = blocks[at : at + step].reshape(1, -1)
+
+    def fill(at: int) -> None:
+        part = blocks[at : at + step].reshape(1, -1)
+        # A damaged scale may overflow; that is no reason to warn.
+        with np.errstate(all="ignore"):
             out[at : at + step] = dequantize(part, GGMLQuantizationType[kind]).reshape(-1, elements)
+
+    # numpy lets go of the interpreter while it computes.
+    with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool:
+        list(pool.map(fill, range(0, len(blocks), step)))
     return out.reshape(-1)
 
 

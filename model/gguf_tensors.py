@@ -6,7 +6,7 @@ the Qwen architectures lie half a head apart, as ours do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol
@@ -137,11 +137,6 @@ def load(
             if progress is not None:
                 progress(view.nbytes)
     return weights
-
-
-def shapes_of(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-    """Shape of each array by name."""
-    return {name: array.shape for name, array in tensors.items()}
 
 
 def _some(names: list[str]) -> str:

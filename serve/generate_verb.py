@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 MAX_ROWS = 16
 """Replies to one prompt that are generated at the same time."""
 
+MODELS = "a run that `qmax train` made, a Hugging Face directory, a .gguf file or a llama2.c .bin file"
+
 COMMANDS = {
     "/reset": "forget the conversation",
     "/help": "show this",
@@ -95,15 +97,14 @@ def chat_main(argv: list[str]) -> int:
 def _generate_parser() -> Parser:
     parser = Parser(
         "generate",
-        "Continues a prompt. The continuation goes to stdout, its speed to stderr.\n"
-        "MODEL is a run directory, as `qmax train` writes it.",
+        f"Continues a prompt. The continuation goes to stdout, its speed to stderr.\nMODEL is {MODELS}.",
         [
             'qmax generate runs/demo/pretrain --prompt "Once upon a time"',
             'qmax generate runs/demo/sft --chat --prompt "What is the capital of France?" --temperature 0',
             "qmax generate runs/demo/pretrain --prompt-file story.txt --n 4 --seed 1 --json out.json",
         ],
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="run directory")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="run or model directory, .gguf or llama2.c file")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="what to continue")
     source.add_argument("--prompt-file", metavar="FILE", help="read it from a UTF-8 file; - is stdin")
@@ -120,14 +121,16 @@ def _chat_parser() -> Parser:
     parser = Parser(
         "chat",
         "Talks to a model, turn after turn. Ctrl-C stops a reply, Ctrl-D leaves, /help lists the commands,\n"
-        "a line that ends with a backslash goes on. MODEL is a run directory, best one trained on conversations.",
+        "a line that ends with a backslash goes on.\n"
+        f"MODEL is {MODELS},\n"
+        "best one trained on conversations.",
         [
             "qmax chat runs/demo/sft",
             'qmax chat runs/demo/sft --system "Answer in French." --temperature 0.3',
-            'qmax chat runs/demo/sft --prompt "Hello!" --seed 1',
+            'qmax chat SmolLM2-135M-Instruct.Q4_1.gguf --prompt "What is the capital of France?" --temperature 0',
         ],
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="run directory")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="run or model directory, .gguf or llama2.c file")
     parser.add_argument("--system", metavar="TEXT", help="instruction that stands before the conversation")
     parser.add_argument("--prompt", metavar="TEXT", help="say this, print the reply and leave")
     add_sampling(parser, max_tokens=1024, top_k=20)
@@ -177,7 +180,7 @@ def read_prompt(name: str) -> str:
 
 
 def open_model(path: Path, max_rows: int) -> tuple[Generator, Tokenizer]:
-    """The model and tokenizer of a run directory, ready to generate."""
+    """A MODEL and its tokenizer, ready to generate."""
     from sharding.runtime import configure_jax
 
     configure_jax()

@@ -108,7 +108,7 @@ def test_generate_can_ask_as_a_chat(
         (["generate", "run", "--prompt", "x", "--n", "0"], "--n 0 must be 1 or more"),
         (["generate", "run", "--prompt", "x", "--top-p", "2"], "top_p=2.0 is out of range"),
         (["generate", "run", "--prompt-file", "no-such-file"], "cannot read the prompt from no-such-file"),
-        (["generate", "no-such-run", "--prompt", "x"], "no-such-run is not a directory"),
+        (["generate", "no-such-run", "--prompt", "x"], "no-such-run does not exist"),
         (["chat", "run", "--temperature", "-1"], "temperature=-1.0 is out of range"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
