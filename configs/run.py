@@ -28,6 +28,8 @@ class DataConfig:
     """Share of each source in the mixture; empty mixes in proportion to size."""
     validation: tuple[str, ...] = ()
     """Held-out sources; empty holds out `validation_fraction` of the documents of `sources`."""
+    reference: tuple[str, ...] = ()
+    """Further held-out sources whose loss is reported beside, such as a language that the model knew before."""
     validation_fraction: float = 0.01
     """Share of documents held out when `validation` is empty; 0 for none."""
     tokenizer: str = ""

@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.hf.reading import Checkpoint, onto
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from model.tree import Skeleton, unstack
+from model.tree import Skeleton, list_names, unstack
 from sharding.mesh import MeshConfig, make_mesh
 from sharding.rules import DECODE, Table, array_sharding
 from sharding.runtime import default_dtype
@@ -68,12 +68,12 @@ class RunSource:
         fitting = [stacked for stacked, form in forms.items() if _fits(form, saved)]
         if not fitting:
             raise UserError(f"checkpoint {self.step} of {self.path} is of another architecture than its config.json")
-        skeleton, axes = forms[fitting[0]], forms[fitting[0]].axes
-        example = next(iter(shardings.values()))
+        skeleton = forms[fitting[0]]
         asked = {}
         for name, shape in skeleton.shapes.items():
             kind = "params" if name in skeleton.weights else "extra"
-            sharding = shardings.get(name) or _as_mesh_of(example, axes[name], len(shape))
+            own = list_names(name, self.config) if fitting[0] else [name]
+            sharding = shardings[own[0]] if len(own) == 1 else _over_layers(shardings[own[0]])
             asked[f"{kind}.{name}"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
         found = self.checkpoints.restore(self.step, asked, part=True)
         arrays = {name.partition(".")[2]: array for name, array in found.items()}
@@ -106,11 +106,11 @@ def _fits(form: Skeleton, saved: Mapping[str, Any]) -> bool:
     return all(leaf is not None and leaf.shape == shape for leaf, shape in zip(found, wanted, strict=True))
 
 
-def _as_mesh_of(example: jax.sharding.Sharding, axes: tuple[str | None, ...], ndim: int) -> jax.sharding.Sharding:
-    """The layout for decoding of a stacked array, on the mesh of another sharding."""
-    if isinstance(example, jax.sharding.NamedSharding):
-        return array_sharding(axes, ndim, example.mesh, DECODE)  # pyright: ignore[reportArgumentType]
-    return example
+def _over_layers(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """The layout of an array of several layers, each of which is laid out as asked."""
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, *sharding.spec))
+    return sharding
 
 
 def open_model(path: str | Path) -> Source:

@@ -209,11 +209,16 @@ def _decoder_kind(decoder: Any, where: str) -> str:
     raise UserError(f"{where} decodes by {sorted(map(str, kinds))}; only ByteLevel and Metaspace vocabularies are read")
 
 
-def _byte_level_speller() -> Callable[[str], bytes]:
-    """Function from a byte-level piece to its bytes: printable bytes stand for themselves, others for U+0100 and up."""
+def byte_level_table() -> dict[str, int]:
+    """How byte-level vocabularies spell each byte: printable ones stand for themselves, others for U+0100 and up."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _byte_level_speller() -> Callable[[str], bytes]:
+    """Function from a byte-level piece to its bytes."""
+    table = byte_level_table()
 
     def spell(piece: str) -> bytes:
         try:

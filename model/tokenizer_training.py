@@ -56,12 +56,12 @@ def train_tokenizer(
     """
     out = Path(out)
     _check_size(vocab_size)
-    _check_place(out)
-    with _status(progress) as say:
-        sample = _sample(texts, sample_bytes, say)
+    check_place(out)
+    with status(progress) as say:
+        sample = even_sample(texts, sample_bytes, say)
         say(f"learning {vocab_size} tokens from {sum(map(len, sample)) / 1e6:.1f} million characters")
         model = _learn(sample, vocab_size)
-    with _directory(out) as partial:
+    with tokenizer_directory(out) as partial:
         (partial / "tokenizer.model").write_bytes(model)
         config = json.dumps(_config(), indent=1, ensure_ascii=False) + "\n"
         (partial / "tokenizer_config.json").write_text(config, encoding="utf-8")
@@ -77,7 +77,8 @@ def _check_size(vocab_size: int) -> None:
         )
 
 
-def _check_place(out: Path) -> None:
+def check_place(out: Path) -> None:
+    """Refuses a place for a tokenizer that holds something else."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a directory for the tokenizer")
     others = sorted(path.name for path in out.iterdir() if path.name not in FILES) if out.is_dir() else []
@@ -95,7 +96,7 @@ def _config() -> dict[str, Any]:
 # The sample
 
 
-def _sample(texts: Iterable[str], sample_bytes: int, say: Callable[[str], None]) -> list[str]:
+def even_sample(texts: Iterable[str], sample_bytes: int, say: Callable[[str], None]) -> list[str]:
     """Pieces of `texts` of about `sample_bytes` at most, each kept with the same probability, in their order."""
     kept: list[tuple[float, str]] = []
     rng = random.Random(0)
@@ -222,7 +223,7 @@ def _run_sentencepiece(sample: list[str], vocab_size: int) -> bytes:
 
 
 @contextlib.contextmanager
-def _directory(out: Path) -> Iterator[Path]:
+def tokenizer_directory(out: Path) -> Iterator[Path]:
     """A directory to write into, which becomes `out` at the end."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -241,10 +242,10 @@ def _directory(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _status(wanted: bool) -> Iterator[Callable[[str], None]]:
+def status(wanted: bool) -> Iterator[Callable[[str], None]]:
     """A line on the terminal that says what is going on; nothing elsewhere."""
     if not (wanted and sys.stderr.isatty()):
         yield lambda text: None
         return
-    with console().status("reading") as status:
-        yield status.update
+    with console().status("reading") as line:
+        yield line.update

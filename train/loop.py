@@ -12,6 +12,7 @@ import numpy as np
 
 from configs.override import to_dict
 from errors import UserError
+from train.data.loader import REFERENCE, VALIDATION
 from train.device import device_peak_flops, memory_in_use
 from train.metrics import MetricsLog, Throughput
 from train.optimizer import schedule
@@ -84,15 +85,23 @@ class Recorder:
 
 
 def validate(job: Job, step: Any, state: TrainState) -> dict[str, float]:
-    """Mean loss (nats per token) and bits per byte of the held-out text; empty where there is none."""
-    sums = np.zeros(2)
-    for rows in job.data.validation_batches(job.run.validation_batches, jax.process_index(), jax.process_count()):
+    """Mean loss (nats per token) and bits per byte of the held-out text, and of the reference; empty without any."""
+    return {
+        **held_out_loss(job, step, state, VALIDATION, ""),
+        **held_out_loss(job, step, state, REFERENCE, "reference_"),
+    }
+
+
+def held_out_loss(job: Job, step: Any, state: TrainState, which: str, prefix: str) -> dict[str, float]:
+    """What one set of held-out rows gives, its bits per byte under a name with `prefix`."""
+    count, sums = job.run.validation_batches, np.zeros(2)
+    for rows in job.data.validation_batches(count, jax.process_index(), jax.process_count(), which):
         sums += np.asarray(jax.device_get(step(state, job.place(rows))), np.float64)
     if not sums[1]:
         return {}
-    source_bytes = job.data.validation_bytes(job.run.validation_batches)
+    source_bytes = job.data.validation_bytes(count, which)
     bits = sums[0] / math.log(2) / source_bytes if source_bytes else math.nan
-    return {"validation_loss": sums[0] / sums[1], "bits_per_byte": bits}
+    return {f"{which}_loss": sums[0] / sums[1], f"{prefix}bits_per_byte": bits}
 
 
 def train(job: Job, *, resume: bool) -> dict[str, Any]:

@@ -202,6 +202,7 @@ def _course_charts(records: Sequence[Mapping[str, Any]]) -> list[str]:
     marks = _marks(records)
     train = _series(records, "loss", "train", smooth=True)
     validation = Series("validation", _points(records, "validation_loss"), 2, dots=True)
+    reference = Series("reference", _points(records, "reference_loss"), 3, dots=True)
     rate, share = _series(records, "tokens_per_second", "tokens/s"), _series(records, "mfu", "MFU", factor=100.0)
     norms = [
         _series(records, "parameter_norm", "parameters", 3),
@@ -210,7 +211,9 @@ def _course_charts(records: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     memory = _series(records, "memory_bytes", "memory", factor=2.0**-30)
     return [
-        line_chart("Loss, nats per token", [train, validation], marks=marks, show=lambda value: f"{value:.4g}"),
+        line_chart(
+            "Loss, nats per token", [train, validation, reference], marks=marks, show=lambda value: f"{value:.4g}"
+        ),
         line_chart("Learning rate", [_series(records, "learning_rate", "learning rate")], zero=True),
         line_chart("Throughput, tokens per second", [rate], zero=True),
         line_chart("MFU, share of the device's peak", [share], zero=True, show=lambda value: f"{value:.3g}%"),

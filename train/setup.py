@@ -19,7 +19,7 @@ from configs.override import to_dict
 from configs.run import Run
 from errors import UserError
 from model.checkpoint.checkpoints import Checkpoints
-from model.load import run_directory
+from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from model.tree import Skeleton
@@ -30,6 +30,7 @@ from train.data.sources import expand
 from train.data.system import explain_disk
 from train.losses import Parts, Totals, next_token
 from train.optimizer import make_optimizer
+from train.origin import NewRows, Origin
 from train.state import (
     TrainState,
     abstract_state,
@@ -37,7 +38,6 @@ from train.state import (
     flatten,
     make_skeleton,
     unflatten,
-    with_weights,
 )
 from train.step import make_train_step, make_validation_step
 
@@ -51,18 +51,28 @@ def say(sentence: str) -> None:
         print(sentence, file=sys.stderr, flush=True)
 
 
-def resolve(run: Run, tokenizer: Tokenizer) -> Run:
-    """`run` with the sizes that its tokenizer decides.
+def resolve(run: Run, tokenizer: Tokenizer, base: ModelConfig | None = None) -> Run:
+    """`run` with the sizes that its tokenizer and the model it starts from decide.
+
+    Args:
+        base: that model; where the run goes on, its own.
 
     Raises:
-        UserError: the tokenizer has more tokens than the model.
+        UserError: the tokenizer has more tokens than the model, or the sizes do not go with the rest of the run.
     """
-    if run.model.vocab_size == 0:
-        vocab = -(-tokenizer.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-        run = replace(run, model=replace(run.model, vocab_size=vocab))
+    rows = -(-tokenizer.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    least = base.vocab_size if base else 0
+    if run.init_model == "source":
+        assert base is not None
+        model = replace(base, moe=run.model.moe, layout="") if run.init_how == "upcycle" else base
+        # Many published models have more rows than tokens, so that a few more fit.
+        model = replace(model, vocab_size=rows if tokenizer.vocab_size > least else least)
+        run = replace(run, model=model, init_model="config")
+    elif run.model.vocab_size == 0:
+        run = replace(run, model=replace(run.model, vocab_size=max(rows, least)))
     if tokenizer.vocab_size > run.model.vocab_size:
         raise UserError(
-            f"the tokenizer {run.data.tokenizer} has {tokenizer.vocab_size} tokens and model.vocab_size is "
+            f"the tokenizer {tokenizer.source} has {tokenizer.vocab_size} tokens and model.vocab_size is "
             f"{run.model.vocab_size}; make the model's at least as large, or 0 to take the tokenizer's"
         )
     if run.model.vocab_size % run.mesh.tensor:
@@ -72,16 +82,17 @@ def resolve(run: Run, tokenizer: Tokenizer) -> Run:
     return run
 
 
-def open_tokenizer(run: Run, out: Path, start: int | None) -> Tokenizer:
+def open_tokenizer(run: Run, out: Path, start: int | None, origin: Origin | None) -> Tokenizer:
     """The tokenizer that the config names, else that of `init_from`, else the one kept in the run.
 
     Raises:
-        UserError: there is none; it is not the one that the run was trained with, which stands at step `start`; or
-            its tokens are not those of `init_from`.
+        UserError: there is none, or it is not the one that the run was trained with, which stands at step `start`.
     """
-    kept = out / "tokenizer"
-    origin = os.path.join(run.init_from, "tokenizer") if run.init_from and start is None else ""
-    source = run.data.tokenizer or origin
+    kept, source = out / "tokenizer", run.data.tokenizer
+    if not source and origin is not None:
+        if origin.tokenizer is None:
+            raise UserError(f"data.tokenizer names no tokenizer and init_from has none: {origin.problem}")
+        return origin.tokenizer
     if not source and not kept.is_dir():
         raise UserError("data.tokenizer names no tokenizer; make one with `qmax tokenizer FILES... --out DIR`")
     tokenizer = Tokenizer.load(source or kept)
@@ -89,14 +100,16 @@ def open_tokenizer(run: Run, out: Path, start: int | None) -> Tokenizer:
         raise UserError(
             f"{out} was trained with another tokenizer than {source}; name the one in {kept}, or another --out"
         )
-    if origin and source != origin:
-        before = Tokenizer.load(origin)
-        if any(before.token_bytes(i) != tokenizer.token_bytes(i) for i in range(before.vocab_size)):
-            raise UserError(
-                f"the tokens of {source} are not those that init_from={run.init_from} was trained with; leave "
-                "data.tokenizer empty to take its tokenizer"
-            )
     return tokenizer
+
+
+def starting_model(run: Run, checkpoints: Checkpoints, start: int | None, origin: Origin | None) -> ModelConfig | None:
+    """Sizes of the model that `run` starts from; of the run's own where it goes on, so that the other is not needed."""
+    if origin is not None:
+        return origin.source.config
+    if not run.init_from or start is None:
+        return None
+    return ModelConfig.from_dict(checkpoints.meta(start)["run"]["model"], str(checkpoints.path(start)))
 
 
 @dataclass
@@ -117,6 +130,8 @@ class Job:
     """Step of the checkpoint to go on from; None to begin."""
     origin: Origin | None
     """Where the first weights come from; None for random ones."""
+    new_rows: NewRows
+    """What the rows of tokens begin as that the origin has not."""
 
     def place(self, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This host's rows as part of the global batch, on the devices."""
@@ -148,33 +163,9 @@ class Job:
         state = create_state(self.run, self.skeleton, self.optimizer, self.mesh)
         if self.origin is None:
             return state
-        return with_weights(state, self.origin.weights(state), self.run.init_from)
-
-
-@dataclass
-class Origin:
-    """The checkpoint of another run whose weights a run starts from."""
-
-    checkpoints: Checkpoints
-    step: int
-
-    @classmethod
-    def find(cls, source: str) -> Origin:
-        """The newest good checkpoint of the run `source`. Raises UserError where there is none."""
-        checkpoints = Checkpoints(run_directory(source) / "checkpoints", keep=1)
-        step = checkpoints.latest_good(say)
-        if step is None:
-            raise UserError(f"init_from={source} has no complete checkpoint")
-        return cls(checkpoints, step)
-
-    def weights(self, state: TrainState) -> dict[str, Any]:
-        """Its weights, laid out as those of `state`."""
-        asked = {
-            f"params.{name}": jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
-            for name, a in state.params.items()
-        }
-        found = self.checkpoints.restore(self.step, asked, part=True)
-        return {name.removeprefix("params."): leaf for name, leaf in found.items()}
+        say(f"reading the weights of {self.origin.name}")
+        origin, self.origin = self.origin, None
+        return origin.begin(self.run, self.skeleton, state, self.mesh, self.new_rows)
 
 
 def find_start(run: Run, out: Path, *, resume: bool) -> tuple[Checkpoints, int | None]:
@@ -206,26 +197,26 @@ def prepare_job(run: Run, out: Path, checkpoints: Checkpoints, start: int | None
     cache = Path(run.data.cache) if run.data.cache else out / "data"
     check_place(out, "--out")
     check_place(cache, "data.cache")
-    origin = Origin.find(run.init_from) if run.init_from and start is None else None
-    tokenizer = open_tokenizer(run, out, start)
-    run = resolve(run, tokenizer)
+    origin = Origin.open(run.init_from) if run.init_from and start is None else None
+    tokenizer = open_tokenizer(run, out, start, origin)
+    new_rows = origin.new_rows(tokenizer) if origin else {}
+    run = resolve(run, tokenizer, starting_model(run, checkpoints, start, origin))
+    different = origin.check(run) if origin else []
     mesh = make_mesh(run.mesh)
     skeleton = make_skeleton(run)
     optimizer = make_optimizer(run.optimizer, run.steps, skeleton)
     abstract = abstract_state(run, skeleton, optimizer, mesh)
     if start is not None:
         check_same(flatten(abstract), checkpoints.leaves(start), f"the run in {out}")
-    if origin is not None:
-        stored = origin.checkpoints.leaves(origin.step)
-        weights = {f"params.{name}": leaf for name, leaf in abstract.params.items()}
-        check_same(weights, {n: leaf for n, leaf in stored.items() if n.startswith("params.")}, run.init_from)
+    if different:
+        say(f"init_from={run.init_from} is used as the config says, not as it was trained: {'; '.join(different)}")
     with nothing_left(out):
-        expand([*run.data.sources, *run.data.validation])
+        expand([*run.data.sources, *run.data.validation, *run.data.reference])
         data = open_data(run, tokenizer, cache)
         if jax.process_index() == 0:
             with explain_disk(out, "free some and run again"):
                 write_run(run, out, tokenizer)
-    return Job(run, out, tokenizer, data, mesh, skeleton, optimizer, abstract, checkpoints, start, origin)
+    return Job(run, out, tokenizer, data, mesh, skeleton, optimizer, abstract, checkpoints, start, origin, new_rows)
 
 
 def check_place(path: Path, option: str) -> None:

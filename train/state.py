@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from configs.run import Run
-from errors import UserError
 from model.transformer import Transformer
 from model.tree import Arrays, Skeleton
 from sharding.rules import TRAIN, array_sharding
@@ -124,22 +122,3 @@ def create_state(
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(run, skeleton, optimizer, mesh))
     with jax.set_mesh(mesh):
         return jax.jit(lambda: initial_state(run, skeleton, optimizer), out_shardings=shardings)()
-
-
-def with_weights(state: TrainState, weights: Arrays, source: str) -> TrainState:
-    """`state` starting from other weights, laid out as its own.
-
-    Raises:
-        UserError: paths or shapes differ.
-    """
-    own = {name: tuple(leaf.shape) for name, leaf in state.params.items()}
-    given = {name: tuple(leaf.shape) for name, leaf in weights.items()}
-    if own != given:
-        wrong = sorted(set(own.items()) ^ set(given.items()))
-        name, shape = wrong[0]
-        raise UserError(
-            f"the weights of {source} are of another architecture than model: {len({n for n, _ in wrong})} arrays "
-            f"differ, the first is {name} {list(shape)}"
-        )
-    params = {name: jax.device_put(weights[name], leaf.sharding) for name, leaf in state.params.items()}
-    return replace(state, params=params)

@@ -13,7 +13,7 @@ import bisect
 import errno
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 Batch = dict[str, np.ndarray]
 """tokens, targets, positions, segments int32 and weights float32, each [B, T]."""
 
+VALIDATION, REFERENCE = "validation", "reference"
+"""Sets of held-out rows."""
 STEPS = 1 << 40
 """Length of an endless dataset, in steps."""
 PREFETCH = 4
@@ -233,12 +235,12 @@ class DataSets:
         tokenizer: Tokenizer,
         streams: Sequence[Rows],
         weights: Sequence[float],
-        held_out: Rows,
+        held_out: Mapping[str, Rows],
     ) -> None:
         self._data, self._seed, self._tokenizer = run.data, run.seed, tokenizer
-        self._streams, self._weights, self._held_out = list(streams), tuple(weights), held_out
+        self._streams, self._weights, self._held_out = list(streams), tuple(weights), dict(held_out)
         self._open: list[Batches] = []
-        self._bytes: dict[int, int] = {}
+        self._bytes: dict[tuple[int, str], int] = {}
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -252,8 +254,8 @@ class DataSets:
 
     @property
     def validation_rows(self) -> int:
-        """Held-out rows."""
-        return len(self._held_out)
+        """Held-out rows, without those of the reference."""
+        return len(self._held_out[VALIDATION])
 
     def train_batches(self, start_step: int, host_index: int = 0, host_count: int = 1) -> Batches:
         """The host's share [B / hosts, T] of every batch from step `start_step` on, without end."""
@@ -267,27 +269,33 @@ class DataSets:
         )
         return self._keep(Batches(dataset, start=start_step, workers=self._data.workers))
 
-    def validation_batches(self, n: int | None = None, host_index: int = 0, host_count: int = 1) -> Batches:
-        """The host's share of the first `n` batches of held-out rows (None: all); the same ones at every call."""
+    def validation_batches(
+        self, n: int | None = None, host_index: int = 0, host_count: int = 1, which: str = VALIDATION
+    ) -> Batches:
+        """The host's share of the first `n` batches of held-out rows (None: all); the same ones at every call.
+
+        which: validation or reference.
+        """
         import grain
 
         rows = host_rows(self._data.batch_size, host_index, host_count)
-        source = ValidationBatches(self._held_out, self._data.sequence_length, self._data.batch_size, rows)
-        return self._keep(Batches(grain.MapDataset.source(source), stop=self._clip(n)))
+        held_out = self._held_out[which]
+        source = ValidationBatches(held_out, self._data.sequence_length, self._data.batch_size, rows)
+        return self._keep(Batches(grain.MapDataset.source(source), stop=self._clip(n, which)))
 
-    def validation_bytes(self, n: int | None = None) -> int:
+    def validation_bytes(self, n: int | None = None, which: str = VALIDATION) -> int:
         """UTF-8 bytes that the weighted targets of those batches spell, over all hosts (ends of documents spell none).
 
         The sum of their losses, in bits, over this number is exactly bits per byte.
         """
-        n = self._clip(n)
-        if n not in self._bytes:
+        n = self._clip(n, which)
+        if (n, which) not in self._bytes:
             total = 0
-            with self.validation_batches(n) as batches:
+            with self.validation_batches(n, which=which) as batches:
                 for batch in batches:
                     total += int(self._spelled[batch["targets"][batch["weights"] > 0]].sum())
-            self._bytes[n] = total
-        return self._bytes[n]
+            self._bytes[n, which] = total
+        return self._bytes[n, which]
 
     def close(self) -> None:
         """Ends all threads and worker processes."""
@@ -298,8 +306,8 @@ class DataSets:
         self._open = [other for other in self._open if other._reader is not None] + [batches]
         return batches
 
-    def _clip(self, n: int | None) -> int:
-        batches = -(-len(self._held_out) // self._data.batch_size)
+    def _clip(self, n: int | None, which: str) -> int:
+        batches = -(-len(self._held_out[which]) // self._data.batch_size)
         return batches if n is None else min(n, batches)
 
     @functools.cached_property
@@ -333,11 +341,18 @@ def open_data(run: Run, tokenizer: Tokenizer, cache_dir: Path) -> DataSets:
             raise UserError(f"{pattern} holds no document of two tokens or more to train on; add text")
     if not sources:
         raise UserError("data.sources is empty; name files, globs or prepared directories")
-    for pattern in data.validation:
-        for store in _stores(pattern, run, tokenizer, cache_dir):
-            held_out.append(_part(store, run, cache_dir, make_split(store, 0.0, seed=0), "train"))
+    held_out += _whole(data.validation, run, tokenizer, cache_dir)
+    reference = _whole(data.reference, run, tokenizer, cache_dir)
     streams = sources if data.weights else [Rows([part for rows in sources for part in rows.parts])]
-    return DataSets(run, tokenizer, streams, data.weights, Rows([part for part in held_out if len(part)]))
+    found = {VALIDATION: held_out, REFERENCE: reference}
+    held = {name: Rows([part for part in parts if len(part)]) for name, parts in found.items()}
+    return DataSets(run, tokenizer, streams, data.weights, held)
+
+
+def _whole(patterns: Sequence[str], run: Run, tokenizer: Tokenizer, cache_dir: Path) -> list[Part]:
+    """Sources that are held out as they are."""
+    stores = (store for pattern in patterns for store in _stores(pattern, run, tokenizer, cache_dir))
+    return [_part(store, run, cache_dir, make_split(store, 0.0, seed=0), "train") for store in stores]
 
 
 def _stores(pattern: str, run: Run, tokenizer: Tokenizer, cache_dir: Path) -> list[Store]:
