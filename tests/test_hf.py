@@ -24,6 +24,7 @@ from model.hf.safetensors import Directory, header_of, write_tensor
 from model.hf.tables import model_rules
 from model.hf.writing import write_checkpoint
 from model.load import layout, make_skeleton, open_model, read_model
+from model.moe import MoE
 from model.sizes import NAMED
 from sharding.mesh import MeshConfig, make_mesh
 
@@ -368,7 +369,9 @@ def test_over_a_mesh(tmp_path: Path):
     weights = write(tmp_path / "a", CONFIGS["qwen3_moe"])
     mesh = make_mesh(MeshConfig(expert=2, tensor=2), jax.devices()[:4])
     model = read_model(open_model(tmp_path / "a"), mesh, dtype="float32")
-    gate = model.stacks[0].blocks[0].feed_forward.gate_EDF[...]
+    layer = model.stacks[0].blocks[0].feed_forward
+    assert isinstance(layer, MoE)
+    gate = layer.gate_EDF[...]
     assert {shard.data.shape for shard in gate.addressable_shards} == {(2, 16, 5)}
     assert np.array_equal(gate, weights["stacks.0.blocks.0.feed_forward.gate_EDF"])
 

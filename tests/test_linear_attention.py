@@ -25,8 +25,9 @@ def inputs(length: int, seed: int = 0) -> list[np.ndarray]:
     return [q, k, normal(HEADS, VALUES), decay, strength]
 
 
-def by_hand(q, k, v, g, beta, documents, state) -> tuple[np.ndarray, np.ndarray]:
+def by_hand(arrays: list[np.ndarray], documents: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The recurrence as it is written, in float64, the memory emptied where a document begins."""
+    q, k, v, g, beta = arrays
     state, out = np.array(state, np.float64), np.zeros(v.shape)
     before = np.zeros(BATCH, int)
     for row in range(BATCH):
@@ -45,19 +46,25 @@ def start(seed: int = 5) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(BATCH, HEADS, WIDTH, VALUES)).astype(np.float32)
 
 
+@jax.jit
+def chunks(arrays: list[jax.Array], documents: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`chunked` from the memory of `start`."""
+    return chunked(*arrays, documents_BT=documents, state_BNHI=jnp.asarray(start()))
+
+
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 130])
 def test_chunks_are_the_recurrence(length: int) -> None:
     arrays, documents = inputs(length), np.zeros((BATCH, length), np.int32)
-    expected, last = by_hand(*arrays, documents, start())
-    found, state = jax.jit(chunked)(*arrays, documents, start())
+    expected, last = by_hand(arrays, documents, start())
+    found, state = chunks(arrays, documents)
     np.testing.assert_allclose(found, expected, atol=2e-5)
     np.testing.assert_allclose(state, last, atol=2e-5)
 
 
 def test_one_token_is_one_step() -> None:
     arrays = inputs(1)
-    expected, last = by_hand(*arrays, np.zeros((BATCH, 1), int), start())
-    found, state = recurrent(*(jnp.asarray(a[:, 0]) for a in arrays), jnp.asarray(start()))  # pyright: ignore[reportCallIssue]
+    expected, last = by_hand(arrays, np.zeros((BATCH, 1), int), start())
+    found, state = recurrent(*(jnp.asarray(a[:, 0]) for a in arrays), state_BNHI=jnp.asarray(start()))
     np.testing.assert_allclose(found, expected[:, 0], atol=1e-5)
     np.testing.assert_allclose(state, last, atol=1e-5)
 
@@ -70,8 +77,8 @@ def test_documents_do_not_share_a_memory() -> None:
         documents[0, cut:] += 1
     documents[1, 70:] += 1
     arrays = inputs(length)
-    expected, last = by_hand(*arrays, documents, start())
-    found, state = jax.jit(chunked)(*arrays, documents, start())
+    expected, last = by_hand(arrays, documents, start())
+    found, state = chunks(arrays, documents)
     np.testing.assert_allclose(found, expected, atol=2e-5)
     np.testing.assert_allclose(state, last, atol=2e-5)
 
@@ -80,8 +87,8 @@ def test_tokens_that_neither_decay_nor_write_leave_the_memory() -> None:
     arrays = inputs(70)
     arrays[3][:, 33:] = arrays[4][:, 33:] = 0
     documents = np.zeros((BATCH, 70), np.int32)
-    _, whole = jax.jit(chunked)(*arrays, documents, start())
-    _, part = jax.jit(chunked)(*(a[:, :33] for a in arrays), documents[:, :33], start())
+    _, whole = chunks(arrays, documents)
+    _, part = chunks([a[:, :33] for a in arrays], documents[:, :33])
     np.testing.assert_allclose(whole, part, atol=1e-6)
 
 
@@ -90,8 +97,8 @@ def test_equal_keys_stay_exact() -> None:
     arrays, documents = inputs(128), np.zeros((BATCH, 128), np.int32)
     arrays[1] = np.repeat(arrays[1][:, :1], 128, axis=1)
     arrays[3] = arrays[3] * np.float32(0.01)
-    expected, _ = by_hand(*arrays, documents, start())
-    found, _ = jax.jit(chunked)(*arrays, documents, start())
+    expected, _ = by_hand(arrays, documents, start())
+    found, _ = chunks(arrays, documents)
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
@@ -102,14 +109,14 @@ def test_gradients_are_those_of_the_recurrence() -> None:
     dy = np.random.default_rng(9).normal(size=(BATCH, length, HEADS, VALUES)).astype(np.float32)
 
     def by_chunks(*arrays):
-        return jnp.sum(chunked(*arrays, documents, jnp.asarray(start()))[0] * dy)
+        return jnp.sum(chunked(*arrays, documents_BT=jnp.asarray(documents), state_BNHI=jnp.asarray(start()))[0] * dy)
 
     def by_steps(*arrays):
         def step(carry, inputs):
             state, before = carry
             *one, document = inputs
             state = jnp.where((document == before)[:, None, None, None], state, 0)
-            out, state = recurrent(*one, state)
+            out, state = recurrent(*one, state_BNHI=state)
             return (state, document), out
 
         columns = [jnp.moveaxis(jnp.asarray(a), 1, 0) for a in (*arrays, documents)]

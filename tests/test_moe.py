@@ -47,9 +47,9 @@ BACKENDS: dict[str, Callable] = {
     "grouped_buffers_only": lambda *inputs: experts.grouped(*inputs, 64, 8),
 }
 CLAMPED: dict[str, Callable] = {
-    "reference": lambda *inputs: experts.reference(*inputs, "clamped"),
-    "ragged": lambda *inputs: experts.ragged(*inputs, "clamped"),
-    "per_pair": lambda *inputs: experts.per_pair(*inputs, "clamped"),
+    "reference": lambda *inputs: experts.reference(*inputs, activation="clamped"),
+    "ragged": lambda *inputs: experts.ragged(*inputs, activation="clamped"),
+    "per_pair": lambda *inputs: experts.per_pair(*inputs, activation="clamped"),
     "grouped_blocks_only": lambda *inputs: experts.grouped(*inputs, 0, 4, "clamped"),
     "grouped_overflowing": lambda *inputs: experts.grouped(*inputs, 3, 2, "clamped"),
     "grouped_buffers_only": lambda *inputs: experts.grouped(*inputs, 64, 8, "clamped"),

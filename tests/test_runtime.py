@@ -93,3 +93,26 @@ def test_a_home_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
 )
 def test_default_dtype(platform: str, capability: str | None, dtype: str) -> None:
     assert runtime.default_dtype(SimpleNamespace(platform=platform, compute_capability=capability)) == dtype
+
+
+RESTART = """
+import os, sys
+from sharding.runtime import restart_with_huge_pages
+print(os.getpid(), flush=True)
+restart_with_huge_pages()
+print(os.environ.get("GLIBC_TUNABLES"), sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of Linux's C library")
+def test_huge_pages_are_asked_for_once() -> None:
+    """The process starts over with its id and arguments; what the user set stands; an accelerator needs none."""
+    first, second, after = python(RESTART, GLIBC_TUNABLES="", JAX_PLATFORMS="cpu").splitlines()
+    assert first == second
+    assert after == f"{runtime.HUGE_PAGES} []"
+    _, _, after = python(RESTART, GLIBC_TUNABLES="glibc.malloc.check=0", JAX_PLATFORMS="cpu").splitlines()
+    assert after == f"glibc.malloc.check=0:{runtime.HUGE_PAGES} []"
+    _, after = python(RESTART, GLIBC_TUNABLES="glibc.malloc.hugetlb=0", JAX_PLATFORMS="cpu").splitlines()
+    assert after == "glibc.malloc.hugetlb=0 []"
+    _, after = python(RESTART, GLIBC_TUNABLES="", JAX_PLATFORMS="tpu").splitlines()
+    assert after == "None []"

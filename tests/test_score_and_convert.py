@@ -54,7 +54,7 @@ def test_scores_are_teacher_forced(batch_tokens: int, directory: Path) -> None:
     for row, logprobs in zip(rows, found, strict=True):
         assert len(logprobs) == len(row)
         assert logprobs[0] is None
-        np.testing.assert_allclose(logprobs[1:], by_hand(model, row), atol=1e-5)
+        np.testing.assert_allclose(np.array(logprobs[1:], float), by_hand(model, row), atol=1e-5)
 
 
 def run_score(directory: Path, rows: list[object], folder: Path, capsys: pytest.CaptureFixture) -> tuple[int, str]:
