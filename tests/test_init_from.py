@@ -20,7 +20,7 @@ from errors import UserError
 from model.config import ModelConfig, MoEConfig
 from model.convert_verb import convert
 from model.forward import Batch, forward, unembed
-from model.load import make_skeleton, open_model, read_model
+from model.load import load_model, make_skeleton, open_model, read_model
 from model.tokenizer import Tokenizer
 from model.tokenizer_extension import extend_tokenizer, spelled_before
 from model.tree import Arrays, unstack
@@ -31,6 +31,7 @@ from train.setup import find_start, prepare_job
 from train.state import is_stacked
 from train.upcycle import upcycle
 
+ROOT = Path(__file__).resolve().parent.parent
 DENSE = ("--model.moe.num-experts", "0", "--model.moe.selection-bias", "false", "--loss.bias-update-rate", "0")
 FAMILY = ("--model.moe.dense-layers=", "--model.moe.selection-bias", "false", "--loss.bias-update-rate", "0")
 Words = tuple[str, ...]
@@ -271,6 +272,20 @@ def test_training_goes_on_from_the_source(place: Path, tmp_path: Path) -> None:
         picked = np.take_along_axis(logprobs, batch["targets"][..., None], axis=-1)[..., 0]
         sums += (-picked * batch["weights"]).sum(), batch["weights"].sum()
     assert abs(found - sums[0] / sums[1]) <= 1e-5
+
+
+def test_a_trained_model_is_fine_tuned_by_a_config_without_sizes(tmp_path: Path) -> None:
+    """A published model with sizes and tokenizer of its own: the first loss on stories is that of one who knows them."""
+    stories = str(ROOT / "configs" / "demo_data" / "pretrain_en_tinystories.jsonl.gz")
+    data = DataConfig(sources=(stories,), sequence_length=128, batch_size=4)
+    source = ROOT / "tests" / "data" / "stories260K.bin"
+    run = Run(data=data, init_from=str(source), init_model="source", steps=1, validate_every=0)
+    result = train_run(run, tmp_path / "out", resume=False)["last"]
+    assert isinstance(result, dict)
+    assert result["loss"] < 2.5  # one that knows nothing has ln 512 = 6.2
+    model, tokenizer = load_model(tmp_path / "out")
+    assert model.config == open_model(source).config
+    assert tokenizer.fingerprint == open_model(source).tokenizer().fingerprint
 
 
 def test_defaults_are_dense_and_small() -> None:
