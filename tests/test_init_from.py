@@ -275,7 +275,7 @@ def test_training_goes_on_from_the_source(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_trained_model_is_fine_tuned_by_a_config_without_sizes(tmp_path: Path) -> None:
-    """A published model with sizes and tokenizer of its own: the first loss on stories is that of one who knows them."""
+    """A published model with sizes and tokenizer of its own: the first loss on stories is of one who knows them."""
     stories = str(ROOT / "configs" / "demo_data" / "pretrain_en_tinystories.jsonl.gz")
     data = DataConfig(sources=(stories,), sequence_length=128, batch_size=4)
     source = ROOT / "tests" / "data" / "stories260K.bin"
