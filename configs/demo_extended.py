@@ -3,8 +3,8 @@ r"""The demo's model in English, taught French with tokens of its own: the vocab
 Every new token's rows begin as the mean of the rows of the old tokens that it replaces. A fifth of the text is English
 again, so that English is not forgotten: its held-out loss is reported beside (`reference_loss`).
 
-Hardware: 2 CPU cores, about 3 minutes for English and 2 for French. Expected: with 1,024 tokens more a character of French takes 0.34
-tokens instead of 0.53. Bits per byte of held-out text, which vocabularies can be compared by:
+Hardware: 2 CPU cores, about 3 minutes for English and 2 for French. Expected: with 1,024 tokens more, French takes 0.34
+tokens per character instead of 0.53. Bits per byte of held-out text, which vocabularies can be compared by:
 
                                       French   English
     English alone, old tokens          4.93     3.03
