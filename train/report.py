@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from errors import UserError
-from model.config import ModelConfig, MoEConfig, RopeConfig
+from model.config import ModelConfig
 from terminal import Parser, print_table, write_json
 from train.metrics import NAME as METRICS
 from train.metrics import read_metrics
@@ -136,10 +136,8 @@ def _marks(records: Sequence[Mapping[str, Any]]) -> Marks:
 
 def _model(config: Mapping[str, Any]) -> ModelConfig | None:
     """The architecture of the run; None where another version of qmax wrote what this one cannot read."""
-    fields = config["run"].get("model")
     try:
-        moe = {**fields["moe"], "dense_layers": tuple(fields["moe"].get("dense_layers", ()))}
-        return ModelConfig(**{**fields, "moe": MoEConfig(**moe), "rope": RopeConfig(**fields["rope"])})
+        return ModelConfig.from_dict(config["run"]["model"], "config.json")
     except (TypeError, KeyError, AttributeError, UserError):
         return None
 
