@@ -190,7 +190,7 @@ def page(report: dict[str, Any]) -> str:
         ]
     if report["loss"]:
         lines += ["Loss and its gradients, float32:", loss_table(report["loss"])]
-    if report["layers"]:
+    if report.get("layers"):
         lines += ["A layer, and files:", layers_table(report["layers"])]
     if report["measured"]:
         lines += ["Compilations, counted by jax's monitoring events:", compilations(report["measured"])]
