@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,7 +34,7 @@ REQUIRED = {
 }
 """Our rate divided by that of transformers: what must be reached."""
 
-REQUIRED_MAXTEXT = 3.0
+REQUIRED_MAXTEXT = {"MaxText": 3.0}
 LOSS_WIDTHS = (256, 512)
 EXPERT_PATHS = ("grouped_mm", "eager")
 """How transformers may compute experts; the first is its default, the best of them trains."""
@@ -130,8 +131,9 @@ class Bench:
         if self.hugging_face:
             peers["transformers"] = (hugging_face, REQUIRED.get(("train", shape.name)))
         if self.maxtext:
-            call = lambda: run_maxtext(self.maxtext, self.maxtext_base, shape, repeats)  # noqa: E731
-            peers["MaxText"] = (call, REQUIRED_MAXTEXT)
+            for name, capacity in peer_maxtext.PATHS.items():
+                call = partial(run_maxtext, self.maxtext, self.maxtext_base, shape, capacity, repeats)
+                peers[name] = (call, REQUIRED_MAXTEXT.get(name))
         ours = {"what": "train", "shape": shape.name, "repeats": repeats}
         self.by_turns("train", shape, ours, peers, shape.train_bound(self.bounds))
         say(f"parts of a training step, {shape.name}")

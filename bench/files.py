@@ -15,8 +15,9 @@ import safetensors.numpy
 
 from bench.timing import Timings
 from model.hf.writing import write_checkpoint
-from model.load import make_skeleton, open_model, read_model
+from model.load import open_model, read_model
 from model.sizes import named
+from model.tree import make_skeleton
 from sharding.mesh import MeshConfig, make_mesh
 
 CONFIG = replace(named("Qwen3-0.6B"), num_layers=22)

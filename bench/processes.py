@@ -106,14 +106,14 @@ def run_hugging_face(python: str, job: dict[str, Any]) -> dict[str, Any]:
     return run_job([python, str(ROOT / "bench" / "peer_hf.py")], job, {"PYTHONSAFEPATH": "1"})
 
 
-def run_maxtext(python: str, base: str, shape: Shape, repeats: int) -> dict[str, Any]:
+def run_maxtext(python: str, base: str, shape: Shape, capacity: str, repeats: int) -> dict[str, Any]:
     """A training run of MaxText by the interpreter `python`.
 
     Raises:
         MeasurementError: it gave no result.
     """
     with TemporaryDirectory() as folder:
-        words = peer_maxtext.command(python, base, shape, repeats, folder)
+        words = peer_maxtext.command(python, base, shape, capacity, repeats, folder)
         lines, observer = run_child(words, peer_maxtext.ENVIRONMENT, folder)
     try:
         return finish(peer_maxtext.read(shape, lines), observer)

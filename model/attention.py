@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from model import cache as kv
 from model.config import ModelConfig
-from model.layers import RMSNorm, rotate, weight
+from model.layers import RMSNorm, merge_heads, rotate, weight
 from sharding.rules import constrain
 
 MASKED = -1e30
@@ -141,9 +141,11 @@ class Mask:
             stop = min(start + size, queries)
             whole = stop - (stop - start) % QUERY_BLOCK if stop - start > QUERY_BLOCK else stop
             for begin, end in ((start, whole), (whole, stop)):
+                if end == begin:
+                    continue
                 if self.segments_BT is None:
-                    yield from [(begin, end - begin, 0, self.keys)] * (end > begin)
-                elif end > begin:
+                    yield begin, end - begin, 0, self.keys
+                else:
                     yield begin, end - begin, 0 if window is None else max(0, begin - window + 1), end
 
 
@@ -255,8 +257,6 @@ class Attention(nnx.Module):
             gate_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, self.gate_DNH[...].astype(x_BTD.dtype))
             out_BTNH = out_BTNH * jax.nn.sigmoid(gate_BTNH)
         out_BTNH = constrain(out_BTNH, "batch", "length", "heads", "head_dim")
-        # A plain product: as an einsum over two dimensions XLA transposes the weight at every decode step.
-        o_XD = self.o_NHD[...].astype(x_BTD.dtype).reshape(-1, x_BTD.shape[-1])
-        out_BTD = out_BTNH.reshape(*x_BTD.shape[:2], -1) @ o_XD
+        out_BTD = merge_heads(out_BTNH, self.o_NHD[...])
         out_BTD = out_BTD if self.o_bias_D is None else out_BTD + self.o_bias_D[...].astype(x_BTD.dtype)
         return out_BTD, stored

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,7 @@ from errors import UserError
 from terminal import Parser, human_bytes, progress_bar, write_json
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from model.load import HuggingFaceSource, Source
+    from model.load import Source
 
 DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "f32": "float32", "float32": "float32", "f16": "float16"}
 
@@ -55,26 +53,6 @@ def make_parser() -> Parser:
     return parser
 
 
-class Lazy(Mapping[str, Any]):
-    """Weights of a Hugging Face directory, read when they are asked for and not kept."""
-
-    def __init__(self, source: HuggingFaceSource, shapes: Mapping[str, tuple[int, ...]]):
-        self.read, self.shapes = source.checkpoint.read, shapes
-        self.rules = {name: rule for rule in source.checkpoint.rules(shapes) for name in rule.ours}
-        self.waiting: dict[str, np.ndarray] = {}
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self.waiting:
-            self.waiting |= self.rules[name].read(self.read, self.shapes)
-        return self.waiting.pop(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.rules)
-
-    def __len__(self) -> int:
-        return len(self.rules)
-
-
 def convert(source: Source, target: Path, dtype: str = "") -> dict[str, Any]:
     """Writes `source` to `target`; `dtype` empty keeps types that are known. Returns what was written, for a table.
 
@@ -84,8 +62,11 @@ def convert(source: Source, target: Path, dtype: str = "") -> dict[str, Any]:
     import jax
 
     from model.hf.families import family_of_config
-    from model.hf.writing import write_checkpoint
-    from model.load import HuggingFaceSource, layout, make_skeleton
+    from model.hf.placing import TensorFiles
+    from model.hf.reading import Checkpoint
+    from model.hf.writing import tensor_bytes, write_checkpoint
+    from model.load import layout
+    from model.tree import make_skeleton
     from sharding.mesh import MeshConfig, make_mesh
 
     config = source.config
@@ -93,17 +74,19 @@ def convert(source: Source, target: Path, dtype: str = "") -> dict[str, Any]:
     skeleton = make_skeleton(config, stacked=False)
     kept: dict[str, Any] = {}
     experts = None
-    if isinstance(source, HuggingFaceSource):
-        weights: Mapping[str, Any] = Lazy(source, skeleton.shapes)
-        experts = source.checkpoint.experts()
+    if isinstance(source, Checkpoint):
+        experts = source.experts()
         if not dtype:
-            entries = source.checkpoint.tensors.directory.entries
-            kept = {plain: entries[name].dtype for plain, name in source.checkpoint.names.items() if name in entries}
+            entries = source.tensors.directory.entries
+            kept = {plain: entries[name].dtype for plain, name in source.names.items() if name in entries}
             kept = {name: kind for name, kind in kept.items() if kind.itemsize > 1}
+    if isinstance(source, TensorFiles):
+        weights: Mapping[str, Any] = source.streamed()
     else:
         weights = source.weights(layout(skeleton, make_mesh(MeshConfig(), jax.devices()[:1])), "float32")
     files, settings = beside(source)
-    total = (config.parameters_total + config.mtp_parameters) * (4 if dtype == "float32" else 2)
+    form: dict[str, Any] = {"dtype": dtype or "bfloat16", "kept": kept, "experts": experts}
+    total = sum(tensor_bytes(config, skeleton.shapes, **form).values())
     done = 0
 
     with progress_bar("convert", total, unit="bytes") as bar:
@@ -113,18 +96,7 @@ def convert(source: Source, target: Path, dtype: str = "") -> dict[str, Any]:
             done += size
             bar.advance(size)
 
-        write_checkpoint(
-            target,
-            config,
-            skeleton.shapes,
-            weights,
-            files,
-            dtype=dtype or "bfloat16",
-            kept=kept,
-            experts=experts,
-            settings=settings,
-            progress=progress,
-        )
+        write_checkpoint(target, config, skeleton.shapes, weights, files, **form, settings=settings, progress=progress)
     return {
         "architecture": family.architecture,
         "parameters": config.parameters_total,

@@ -63,15 +63,13 @@ def forward(model: Transformer, batch: Batch, cache: Cache | None = None, *, rep
         replay: `[L, M, C]` expert choices to use instead of the router's own.
     """
     x_BTD = embed(model, batch.tokens_BT)
-    valid_BT = batch.segments_BT > 0
     context = make_context(model, batch, cache)
     x_BTD, layers = run_stacks(model, x_BTD, context, cache, replay)
     hidden_BTD = model.norm(x_BTD)
     if cache is not None:
         stored = tuple(layer.stored for layer in layers if layer.stored is not None)
-        cache = replace(
-            cache, layers=stored, lengths_B=cache.lengths_B + valid_BT.sum(axis=1, dtype=jnp.int32), empty=False
-        )
+        lengths_B = cache.lengths_B + context.valid_BT.sum(axis=1, dtype=jnp.int32)
+        cache = replace(cache, layers=stored, lengths_B=lengths_B, empty=False)
     routed = [(layer.stats, layer.experts_MC) for layer in layers if layer.stats is not None]
     if not routed:
         return Output(hidden_BTD, cache, None, None)

@@ -6,22 +6,19 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import jax
 import numpy as np
 
 from errors import UserError, did_you_mean
 from model.config import ModelConfig, MoEConfig, RopeConfig
 from model.gguf_format import GGUFFile
-from model.gguf_tensors import check, load, model_rules
+from model.gguf_tensors import model_rules
 from model.gguf_tokenizer import read_tokenizer
-from model.hf.reading import onto
+from model.hf.placing import Reading, TensorFiles, compare
+from model.hf.rules import Shapes
 from model.layers import rope_frequencies
 from model.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from model.load import Progress, Shardings
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ IGNORED = re.compile(r"blk\.\d+\.attn_rot_embd|blk\.\d+\.rope_freqs\.weight|rope
 """Tensors of old files that hold nothing a model needs."""
 
 
-class GGUFSource:
+class GGUFSource(TensorFiles):
     """A GGUF file of a known architecture."""
 
     def __init__(self, path: Path):
@@ -72,17 +69,19 @@ class GGUFSource:
         """The tokenizer in the file."""
         return read_tokenizer(self.file.metadata, self.path)
 
-    def weights(self, shardings: Shardings, dtype: Any, progress: Progress | None = None) -> dict[str, jax.Array]:
-        """As `Source.weights`. UserError lists all tensors that are missing, not used or of the wrong shape."""
-        from model.load import make_skeleton
-
-        shapes = make_skeleton(self.config, stacked=False).shapes
+    def rules(self, shapes: Shapes) -> list[Reading]:
+        """As `TensorFiles.rules`."""
         rules = model_rules(self.config, interleaved=self.architecture.interleaved)
         found = {name: tensor.shape for name, tensor in self.file.tensors.items()}
+        expected = {name: shape for rule in rules for name, shape in rule.expected(shapes).items()}
         ignored = [name for name in found if IGNORED.fullmatch(name)]
         ignored += [ROPE_FACTORS] if self.architecture.interleaved else []
-        check(rules, shapes, found, ignored, str(self.path))
-        return load(rules, self.file.read, shapes, onto(shardings, dtype), progress)
+        compare(expected, found, str(self.path), ignored=ignored)
+        return rules
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor, dequantised where it has to be."""
+        return self.file.read(name)
 
 
 # ---- sizes --------------------------------------------------------------------

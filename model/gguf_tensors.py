@@ -6,28 +6,15 @@ the Qwen architectures lie half a head apart, as ours do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
 
-import jax
 import numpy as np
 
-from errors import UserError
 from model.config import ModelConfig
-from model.hf.reading import Place
+from model.hf.placing import Reading
 from model.hf.rules import Get, Matrix, Part, Same, Shapes, to_halves
-
-SHOWN = 12
-"""Tensors of each kind that a refusal names."""
-
-
-class Reading(Protocol):
-    """A rule that is only ever read; see `model.hf.rules.Rule`."""
-
-    def expected(self, shapes: Shapes) -> dict[str, tuple[int, ...]]: ...
-    def read(self, get: Get, shapes: Shapes) -> dict[str, np.ndarray]: ...
 
 
 @dataclass(frozen=True)
@@ -38,12 +25,16 @@ class Bias:
     name: str
     rotary: int = 0
 
+    @property
+    def ours(self) -> tuple[str, ...]:
+        return (self.name,)
+
     def expected(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         return {self.theirs: (prod(shapes[self.name]),)}
 
-    def read(self, get: Get, shapes: Shapes) -> dict[str, np.ndarray]:
+    def read(self, get: Get, shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
         heads = get(self.theirs).reshape(shapes[self.name])
-        return {self.name: to_halves(heads, 1, self.rotary) if self.rotary else heads}
+        yield self.name, to_halves(heads, 1, self.rotary) if self.rotary else heads
 
 
 @dataclass(frozen=True)
@@ -53,12 +44,16 @@ class Experts:
     theirs: str
     name: str
 
+    @property
+    def ours(self) -> tuple[str, ...]:
+        return (self.name,)
+
     def expected(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         experts, inputs, outputs = shapes[self.name]
         return {self.theirs: (experts, outputs, inputs)}
 
-    def read(self, get: Get, shapes: Shapes) -> dict[str, np.ndarray]:
-        return {self.name: get(self.theirs).swapaxes(1, 2)}
+    def read(self, get: Get, shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
+        yield self.name, get(self.theirs).swapaxes(1, 2)
 
 
 def model_rules(config: ModelConfig, *, interleaved: bool) -> list[Reading]:
@@ -104,41 +99,3 @@ def _feed_forward(config: ModelConfig, layer: int, theirs: str, block: str) -> l
     names = {"gate": "gate_EDF", "up": "up_EDF", "down": "down_EFD"}
     router = Matrix(f"{theirs}ffn_gate_inp.weight", (Part(f"{ours}router_DE"),))
     return [norm, router, *(Experts(f"{theirs}ffn_{name}_exps.weight", ours + own) for name, own in names.items())]
-
-
-def check(rules: Iterable[Reading], shapes: Shapes, found: Shapes, ignored: Iterable[str], where: str) -> None:
-    """Compares the tensors of a file with those that the rules read.
-
-    Raises:
-        UserError: tensors that are missing, not used or of another shape, all of them together.
-    """
-    expected = {name: shape for rule in rules for name, shape in rule.expected(shapes).items()}
-    missing = [name for name in expected if name not in found]
-    unused = sorted(found.keys() - expected.keys() - set(ignored))
-    wrong = [
-        f"{name} {found[name]} instead of {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    listed = (("missing", missing), ("not used", unused), ("of the wrong shape", wrong))
-    if any(names for _, names in listed):
-        parts = [f"{len(names)} {kind}: {_some(names)}" for kind, names in listed if names]
-        raise UserError(f"the tensors of {where} are not those of its architecture and sizes; {'; '.join(parts)}")
-
-
-def load(
-    rules: Iterable[Reading], get: Get, shapes: Shapes, place: Place, progress: Callable[[int], None] | None
-) -> dict[str, jax.Array]:
-    """All weights; each is put in its place before the next one is read, so that one at a time is on the host."""
-    weights: dict[str, jax.Array] = {}
-    for rule in rules:
-        for name, view in rule.read(get, shapes).items():
-            weights[name] = place(name, view)
-            if progress is not None:
-                progress(view.nbytes)
-    return weights
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")

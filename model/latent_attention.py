@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from model import cache as kv
 from model.attention import Mask, attend_in_blocks
 from model.config import ModelConfig
-from model.layers import RMSNorm, rotate, weight
+from model.layers import RMSNorm, merge_heads, rotate, weight
 from sharding.rules import constrain
 
 
@@ -82,5 +82,4 @@ class LatentAttention(nnx.Module):
                 out_BTNU = attend_in_blocks(q_BTNU, k_B1SU, v_B1SU, mask, self.scale, self.window)
                 out_BTNI = jnp.einsum("btnu,uni->btni", out_BTNU, v_UNI)
         out_BTNI = constrain(out_BTNI, "batch", "length", "heads", "head_dim")
-        o_XD = self.o_NID[...].astype(x_BTD.dtype).reshape(-1, x_BTD.shape[-1])
-        return out_BTNI.reshape(*x_BTD.shape[:2], -1) @ o_XD, stored
+        return merge_heads(out_BTNI, self.o_NID[...]), stored

@@ -93,6 +93,15 @@ def rotate(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Float[Array, "
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
+def merge_heads(out_BTNI: Float[Array, "B T N I"], o_NID: Float[Array, "N I D"]) -> Float[Array, "B T D"]:
+    """The output projection: all heads of a token times one matrix, in the type of `out_BTNI`.
+
+    A plain product: as an einsum over two dimensions XLA transposes the weight at every decode step.
+    """
+    o_XD = o_NID.astype(out_BTNI.dtype).reshape(-1, o_NID.shape[-1])
+    return out_BTNI.reshape(*out_BTNI.shape[:2], -1) @ o_XD
+
+
 class FeedForward(nnx.Module):
     """SwiGLU (arXiv 2002.05202): `down(silu(gate(x)) * up(x))`."""
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
-from model.layers import RMSNorm, weight
+from model.layers import RMSNorm, merge_heads, weight
 from sharding.rules import constrain
 
 CHUNK = 64
@@ -252,8 +252,7 @@ class GatedDeltaNet(nnx.Module):
         gate_BTNI = project(self.gate_DNI, "heads").astype(float32)
         out_BTNI = (self.norm(out_BTNI.astype(dtype)) * jax.nn.silu(gate_BTNI)).astype(dtype)
         out_BTNI = constrain(out_BTNI, "batch", "length", "heads", "head_dim")
-        o_XD = self.o_NID[...].astype(dtype).reshape(-1, x_BTD.shape[-1])
-        out_BTD = out_BTNI.reshape(*x_BTD.shape[:2], -1) @ o_XD
+        out_BTD = merge_heads(out_BTNI, self.o_NID[...])
         if stored is None:
             return out_BTD, None
         lengths_B = valid_BT.sum(axis=1, dtype=jnp.int32)

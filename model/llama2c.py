@@ -9,20 +9,16 @@ import struct
 from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from errors import UserError
 from model.config import ModelConfig, RopeConfig
-from model.gguf_tensors import check, load, model_rules
-from model.hf.reading import onto
+from model.gguf_tensors import model_rules
+from model.hf.placing import Reading, TensorFiles, compare
+from model.hf.rules import Shapes
 from model.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, Piece, sentencepiece_model
 from model.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from model.load import Progress, Shardings
 
 HEADER = struct.Struct("<7i")
 VERSIONED = 0x616B3432
@@ -32,7 +28,7 @@ UNKNOWN_ID, BOS, EOS = 0, 1, 2
 """Ids of the control tokens, in every tokenizer of llama2.c."""
 
 
-class Llama2cSource:
+class Llama2cSource(TensorFiles):
     """A model of llama2.c. Its tokenizer lies beside it."""
 
     def __init__(self, path: Path):
@@ -65,15 +61,14 @@ class Llama2cSource:
         shape, at = self.places[name]
         return np.memmap(self.path, "<f4", "r", at, shape)
 
-    def weights(self, shardings: Shardings, dtype: Any, progress: Progress | None = None) -> dict[str, jax.Array]:
-        """As `Source.weights`."""
-        from model.load import make_skeleton
-
-        shapes = make_skeleton(self.config, stacked=False).shapes
+    def rules(self, shapes: Shapes) -> list[Reading]:
+        """As `TensorFiles.rules`."""
         rules = model_rules(self.config, interleaved=True)
         found = {name: shape for name, (shape, _) in self.places.items()}
-        check(rules, shapes, found, [name for name in found if name.startswith("freq_cis")], str(self.path))
-        return load(rules, self.read, shapes, onto(shardings, dtype), progress)
+        expected = {name: shape for rule in rules for name, shape in rule.expected(shapes).items()}
+        tables = [name for name in found if name.startswith("freq_cis")]
+        compare(expected, found, str(self.path), ignored=tables)
+        return rules
 
 
 def read_config(header: bytes, path: Path) -> tuple[ModelConfig, int]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,19 +14,14 @@ import jax.numpy as jnp
 from errors import UserError
 from model.checkpoint.checkpoints import Checkpoints
 from model.config import ModelConfig
-from model.hf.reading import Checkpoint, onto
+from model.hf.placing import Progress, Shardings
+from model.hf.reading import Checkpoint
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from model.tree import Skeleton, list_names, unstack
+from model.tree import Skeleton, list_names, make_skeleton, unstack
 from sharding.mesh import MeshConfig, make_mesh
 from sharding.rules import DECODE, Table, array_sharding
 from sharding.runtime import default_dtype
-
-Shardings = Mapping[str, jax.sharding.Sharding]
-"""Where each weight of the list form goes."""
-
-Progress = Callable[[int], None]
-"""Told the bytes that were read since it was last called."""
 
 
 class Source(Protocol):
@@ -83,23 +77,6 @@ class RunSource:
         return {name: jnp.astype(array, dtype) for name, array in arrays.items()}
 
 
-class HuggingFaceSource:
-    """A directory with config.json and safetensors."""
-
-    def __init__(self, path: Path):
-        self.checkpoint = Checkpoint(path)
-        self.path, self.config = path, self.checkpoint.config
-
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer beside the weights."""
-        return Tokenizer.load(self.path)
-
-    def weights(self, shardings: Shardings, dtype: Any, progress: Progress | None = None) -> dict[str, jax.Array]:
-        """As `Source.weights`, read tensor by tensor."""
-        shapes = make_skeleton(self.config, stacked=False).shapes
-        return self.checkpoint.load(shapes, onto(shardings, dtype), progress)
-
-
 def _fits(form: Skeleton, saved: Mapping[str, Any]) -> bool:
     found = (saved.get(f"params.{name}") for name in form.weights)
     wanted = (form.shapes[name] for name in form.weights)
@@ -123,7 +100,7 @@ def open_model(path: str | Path) -> Source:
     if path.is_dir() and (path / "checkpoints").is_dir():
         return RunSource(path)
     if path.is_dir() and (path / "config.json").is_file():
-        return HuggingFaceSource(path)
+        return Checkpoint(path)
     if path.is_dir() or not path.exists():
         what = "holds neither a run nor a config.json" if path.is_dir() else "does not exist"
         raise UserError(
@@ -167,11 +144,6 @@ def warn(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
 
 
-def make_skeleton(config: ModelConfig, *, stacked: bool, dtype: Any = jnp.float32) -> Skeleton:
-    """The structure of a model of `config`; allocates nothing."""
-    return Skeleton(jax.eval_shape(lambda: Transformer(config, jax.random.key(0), dtype=dtype, stacked=stacked)))
-
-
 def layout(skeleton: Skeleton, mesh: jax.sharding.Mesh, table: Table = DECODE) -> dict[str, jax.sharding.Sharding]:
     """Where each array of a model goes on a mesh."""
     axes = skeleton.axes
@@ -208,8 +180,3 @@ def load_model(path: str | Path, mesh: MeshConfig | None = None) -> tuple[Transf
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens and the model {source.config.vocab_size}"
         )
     return read_model(source, make_mesh(mesh or MeshConfig())), tokenizer
-
-
-def without_layout(config: ModelConfig) -> ModelConfig:
-    """`config` as two models of the same sizes have it, whichever files they came from."""
-    return replace(config, layout="")

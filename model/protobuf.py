@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 
 def varint(value: int) -> bytes:
@@ -24,8 +25,8 @@ def field(place: int, content: bytes) -> bytes:
     return varint(place << 3 | 2) + varint(len(content)) + content
 
 
-def fields_of(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a message: number, and its value or its bytes."""
+def fields_of(data: bytes) -> Iterator[tuple[int, Any]]:
+    """The fields of a message: number, and its value (int) or, of all other kinds, its bytes."""
     at = 0
 
     def read() -> int:

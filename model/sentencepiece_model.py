@@ -13,7 +13,7 @@ from typing import NamedTuple
 from model.protobuf import field, number, varint
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""Types of pieces; the same numbers in GGUF files."""
+"""Kinds of pieces; the same numbers in GGUF files."""
 
 BPE = 2
 FIXED32 = 5

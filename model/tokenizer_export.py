@@ -18,19 +18,19 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from errors import UserError
+from model.hf.writing import to_json
+from model.protobuf import fields_of
+from model.sentencepiece_model import BPE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Piece
 from model.tokenizer import Tokenizer
 from model.tokenizer_backends import Control, open_backend
 
 BLOCK = "\u2581"
 """Sentencepiece's sign for a space."""
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""Kinds of pieces."""
-BPE = 2
 MODEL_TYPES = {1: "unigram", BPE: "BPE", 3: "word", 4: "char"}
 KEPT_SETTINGS = ("model_max_length", "padding_side", "truncation_side")
 AS_WRITTEN = {"unk_token": None, "trust_remote_code": True}
@@ -83,10 +83,6 @@ def _refusal(tokenizer: Tokenizer, why: str) -> UserError:
         f"{tokenizer.source}/tokenizer.model cannot become a tokenizer.json that encodes alike: {why}; "
         "put a tokenizer.json of the same vocabulary beside it"
     )
-
-
-def to_json(value: Any, indent: int | None = 2) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=indent) + "\n").encode()
 
 
 def _check(files: Mapping[str, bytes], tokenizer: Tokenizer, model: _Model) -> None:
@@ -251,7 +247,7 @@ def _decoder(model: _Model) -> dict[str, Any]:
 # Merges
 
 
-def _merges(pieces: list[_Piece]) -> list[tuple[str, str]]:
+def _merges(pieces: list[Piece]) -> list[tuple[str, str]]:
     """The merge that makes each piece which can come about, the best score first.
 
     _InexactError when two of them have the same score: sentencepiece then takes the leftmost, the library the one that
@@ -296,17 +292,10 @@ def _last_merge(text: str, scores: Mapping[str, float]) -> tuple[str, str] | Non
 
 
 @dataclass(frozen=True)
-class _Piece:
-    text: str
-    score: float
-    kind: int
-
-
-@dataclass(frozen=True)
 class _Model:
     """What decides how a sentencepiece model encodes."""
 
-    pieces: list[_Piece]
+    pieces: list[Piece]
     model_type: int
     byte_fallback: bool
     """Characters that are no pieces are spelled in bytes."""
@@ -336,18 +325,18 @@ def _parse_model(raw: bytes) -> _Model:
 
     Read here, as the sentencepiece library does not tell how a model normalises.
     """
-    pieces: list[_Piece] = []
+    pieces: list[Piece] = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
-    for number, value in _fields(raw):
+    for number, value in fields_of(raw):
         if number == 1:
-            piece = dict(_fields(value))
+            piece = dict(fields_of(value))
             score = struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0
-            pieces.append(_Piece(bytes(piece[1]).decode(), score, piece.get(3, NORMAL)))
+            pieces.append(Piece(bytes(piece[1]).decode(), score, piece.get(3, NORMAL)))
         elif number == 2:
-            trainer |= dict(_fields(value))
+            trainer |= dict(fields_of(value))
         elif number == 3:
-            normalizer |= dict(_fields(value))
+            normalizer |= dict(fields_of(value))
     return _Model(
         pieces=pieces,
         model_type=trainer.get(3, 1),
@@ -358,30 +347,3 @@ def _parse_model(raw: bytes) -> _Model:
         strips=bool(normalizer.get(4, True)),
         escapes=bool(normalizer.get(5, True)),
     )
-
-
-def _fields(raw: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of the fields of a protocol buffer: integers as int, everything else as its bytes."""
-    at = 0
-    while at < len(raw):
-        key, at = _varint(raw, at)
-        kind = key & 7
-        if kind == 0:
-            value, at = _varint(raw, at)
-            yield key >> 3, value
-            continue
-        size, at = _varint(raw, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
-        yield key >> 3, raw[at : at + size]
-        at += size
-
-
-def _varint(raw: bytes, at: int) -> tuple[int, int]:
-    """The integer that begins at `at`, and where it ends."""
-    value = shift = 0
-    while True:
-        byte = raw[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-        shift += 7

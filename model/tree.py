@@ -61,6 +61,11 @@ class Skeleton:
         return {name: tuple(leaf.shape) for name, (_, leaf) in {**self._weights, **self._state}.items()}
 
 
+def make_skeleton(config: ModelConfig, *, stacked: bool, dtype: Any = jnp.float32) -> Skeleton:
+    """The structure of a model of `config`; allocates nothing."""
+    return Skeleton(jax.eval_shape(lambda: Transformer(config, jax.random.key(0), dtype=dtype, stacked=stacked)))
+
+
 def list_names(name: str, config: ModelConfig) -> list[str]:
     """Paths in the list form of what the stacked form holds at `name`, in the order of its leading axis."""
     kind, *rest = name.split(".")

@@ -24,7 +24,7 @@ from model.cache import Cache, empty_cache, layer_axes
 from model.config import ModelConfig
 from model.forward import Batch, continuation, forward, unembed
 from model.transformer import Transformer
-from model.tree import Skeleton, unstack
+from model.tree import Skeleton, make_skeleton, unstack
 from serve.sampling import SamplingArrays, SamplingParams, sample, sampling_arrays
 from sharding.mesh import BATCH_AXES
 from sharding.rules import DECODE, array_sharding, constrain
@@ -113,7 +113,7 @@ class Request:
         return Completion(self.tokens, self.logprobs, self.finish_reason, len(self.prompt))
 
 
-def bucket(size: int, smallest: int, largest: int, *, halves: bool = False) -> int:
+def bucket(size: int, smallest: int, largest: int = 2**30, *, halves: bool = False) -> int:
     """`size` rounded up to `smallest` times a power of two (with `halves`: or 1.5 times one), at most `largest`."""
     rounded = smallest
     while rounded < size:
@@ -237,7 +237,7 @@ class Generator:
         return (
             bucket(prompt, SMALLEST_PROMPT, positions),
             bucket(capacity, SMALLEST_CAPACITY, positions, halves=True),
-            bucket(max(len(request.stop_ids) for request in requests), SMALLEST_STOPS, 2**30),
+            bucket(max(len(request.stop_ids) for request in requests), SMALLEST_STOPS),
         )
 
     def _waves(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
@@ -372,6 +372,5 @@ def unstacked(model: Transformer) -> Transformer:
     """`model` with one array per layer; itself if it has that form."""
     if not model.stacked:
         return model
-    config, dtype = model.config, model.dtype
-    listed = Skeleton(jax.eval_shape(lambda: Transformer(config, jax.random.key(0), dtype=dtype)))
-    return listed.merge(*(unstack(arrays, config) for arrays in Skeleton(model).split(model)))
+    listed = make_skeleton(model.config, stacked=False, dtype=model.dtype)
+    return listed.merge(*(unstack(arrays, model.config) for arrays in Skeleton(model).split(model)))

@@ -10,11 +10,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICES = "--xla_force_host_platform_device_count=8"
+QUICK = "--xla_backend_optimization_level=0"
+"""Programs here are small, many, and run a few times: LLVM's optimisation would cost more than it saves."""
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):  # the processes of pytest-xdist inherit it
     assert "jax" not in sys.modules, "jax was imported before the tests could choose its devices"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES} {QUICK}".strip()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # The processes of pytest-xdist and the next run find what one of them has compiled. Subprocesses inherit it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))

@@ -13,7 +13,8 @@ import numpy as np
 from conftest import ROOT
 
 from model.config import ModelConfig, MoEConfig, RopeConfig
-from model.load import Source, make_skeleton
+from model.load import Source
+from model.tree import make_skeleton
 from sharding.mesh import MeshConfig, make_mesh
 
 BASE = ModelConfig(

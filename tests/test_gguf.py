@@ -29,8 +29,9 @@ from model.forward import Batch, forward, unembed
 from model.gguf_file import GGUFSource, llama3_rope
 from model.gguf_format import QUANTISED, dequantised
 from model.layers import rope_frequencies
-from model.load import make_skeleton, open_model
+from model.load import open_model
 from model.transformer import Transformer
+from model.tree import make_skeleton
 
 TOKENS = [1, 403, 407, 261, 378, 17, 511, 0, 261, 261, 99]
 TINY = replace(BASE, vocab_size=16, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16)

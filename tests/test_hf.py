@@ -23,9 +23,10 @@ from model.hf.reading import Checkpoint
 from model.hf.safetensors import Directory, header_of, write_tensor
 from model.hf.tables import model_rules
 from model.hf.writing import write_checkpoint
-from model.load import layout, make_skeleton, open_model, read_model
+from model.load import layout, open_model, read_model
 from model.moe import MoE
 from model.sizes import NAMED
+from model.tree import make_skeleton
 from sharding.mesh import MeshConfig, make_mesh
 
 BASE = ModelConfig(

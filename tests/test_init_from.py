@@ -20,10 +20,10 @@ from errors import UserError
 from model.config import ModelConfig, MoEConfig
 from model.convert_verb import convert
 from model.forward import Batch, forward, unembed
-from model.load import load_model, make_skeleton, open_model, read_model
+from model.load import load_model, open_model, read_model
 from model.tokenizer import Tokenizer
 from model.tokenizer_extension import extend_tokenizer, spelled_before
-from model.tree import Arrays, unstack
+from model.tree import Arrays, make_skeleton, unstack
 from sharding.mesh import MeshConfig, make_mesh
 from train.loop import save, train
 from train.main import train_run

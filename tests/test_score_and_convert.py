@@ -37,11 +37,18 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@jax.jit
+def all_logits(model, tokens_BT):
+    segments_BT = jnp.ones_like(tokens_BT)
+    positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+    return unembed(model, forward(model, Batch(tokens_BT, positions_BT, segments_BT)).hidden_BTD)
+
+
 def by_hand(model, row: list[int]) -> list[float]:
-    """Every logit of one row alone."""
-    tokens = jnp.asarray([row])
-    batch = Batch(tokens, jnp.arange(len(row))[None], jnp.ones_like(tokens))
-    logits = np.asarray(unembed(model, forward(model, batch).hidden_BTD))[0].astype(np.float64)
+    """Every logit of one row alone; what follows its end cannot be seen from it."""
+    tokens_BT = np.zeros((1, max(LENGTHS)), np.int32)
+    tokens_BT[0, : len(row)] = row
+    logits = np.asarray(all_logits(model, tokens_BT))[0].astype(np.float64)
     logits -= logits.max(-1, keepdims=True)
     table = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return [table[t, row[t + 1]] for t in range(len(row) - 1)]

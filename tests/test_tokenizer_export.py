@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as protocol
 
 from errors import UserError
+from model.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from model.tokenizer import Tokenizer
 from model.tokenizer_backends import MARKUP
-from model.tokenizer_export import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, hugging_face_files
+from model.tokenizer_export import hugging_face_files
 from model.tokenizer_training import FRAME, SPECIALS, train_tokenizer
 from tests.text_fixtures import byte_tokenizer
 from tests.tokenizer_fixtures import (

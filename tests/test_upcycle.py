@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from model.config import ModelConfig, MoEConfig
 from model.forward import Batch, forward, unembed
-from model.load import make_skeleton
-from model.tree import Arrays
+from model.tree import Arrays, make_skeleton
 from train.upcycle import cut, upcycle
 
 DENSE = tiny.DENSE

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs.override import fields_of
 from configs.run import Run
 from errors import UserError
 from model.config import LatentAttentionConfig, LinearAttentionConfig, ModelConfig, MoEConfig, RopeConfig
-from model.load import Source, layout, make_skeleton, open_model
+from model.load import Source, layout, open_model
 from model.tokenizer import Tokenizer
-from model.tree import Arrays, Skeleton, list_names, stack, unstack
+from model.tree import Arrays, Skeleton, list_names, make_skeleton, stack, unstack
 from sharding.rules import TRAIN
 from train.state import TrainState, is_stacked
 from train.upcycle import upcycle
@@ -193,11 +194,12 @@ def grow(old: jax.Array, initial: jax.Array, new: NewRows, axis: int) -> jax.Arr
 # ---- what two configs differ in ---------------------------------------------
 def differences(theirs: ModelConfig, own: ModelConfig) -> list[str]:
     """Fields that make two models compute differently, each as `model.NAME is X there and Y here`."""
-    there, here = (_flat(_in_use(config)) for config in (theirs, own))
+    there, here = _in_use(theirs), _in_use(own)
+    fields = ((name, attrgetter(name)) for name, _ in fields_of(ModelConfig))
     return [
-        f"model.{name} is {json.dumps(there[name])} there and {json.dumps(here[name])} here"
-        for name in there
-        if there[name] != here[name]
+        f"model.{name} is {json.dumps(value(there))} there and {json.dumps(value(here))} here"
+        for name, value in fields
+        if value(there) != value(here)
     ]
 
 
@@ -220,11 +222,3 @@ def _in_use(config: ModelConfig) -> ModelConfig:
         sliding_window=config.sliding_window if "sliding" in kinds else 0,
         rope=plain if config.rope.scaling == "none" else config.rope,
     )
-
-
-def _flat(part: Any, prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for field in fields(part):
-        value = getattr(part, field.name)
-        found |= _flat(value, f"{prefix}{field.name}.") if is_dataclass(value) else {prefix + field.name: value}
-    return found

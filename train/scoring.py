@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from errors import UserError
 from model.forward import Batch, forward, unembed
 from model.transformer import Transformer
+from serve.generate import bucket
 from train.losses import chunk_length
 
 SMALLEST = 16
@@ -73,12 +74,6 @@ class Scorer:
         if wrong is not None:
             raise UserError(f"{where} holds the id {wrong}, but tokens run from 0 to {vocab - 1}")
 
-    def _length(self, tokens: int) -> int:
-        size = SMALLEST
-        while size < tokens:
-            size *= 2
-        return size
-
     def score(
         self, rows: Sequence[Sequence[int]], progress: Callable[[int], None] | None = None
     ) -> list[list[float | None]]:
@@ -105,7 +100,7 @@ class Scorer:
         """Rows by length, so that few positions are padding; each length has one number of rows."""
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         while order:
-            length = self._length(len(rows[order[0]]))
+            length = bucket(len(rows[order[0]]), SMALLEST)
             count = max(1, self.batch_tokens // length)
             own = [index for index in order[:count] if len(rows[index]) <= length]
             order = order[len(own) :]

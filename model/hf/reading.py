@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from errors import UserError
 from model.config import ModelConfig
 from model.hf.families import family_of_settings
+from model.hf.placing import TensorFiles, compare
 from model.hf.quantised import Tensors, fp8_block
 from model.hf.rules import Copy, ExpertsEach, ExpertsFused, Rule, Shapes
 from model.hf.safetensors import Directory
 from model.hf.tables import Experts, experts_layout, model_rules
+from model.tokenizer import Tokenizer
 
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|^model\.visual\.|^visual\.")
 """Tensors that hold nothing a text model needs."""
 
-SHOWN = 12
-"""Tensors of each kind that a refusal names."""
 
-Place = Callable[[str, np.ndarray], jax.Array]
-"""Puts a weight, by our name, where it belongs."""
-
-
-class Checkpoint:
-    """A model directory: its config and its tensors.
+class Checkpoint(TensorFiles):
+    """A model directory with config.json and safetensors.
 
     Raises:
         UserError: config.json or a tensor file is missing or damaged, or the architecture is not known.
@@ -49,6 +41,10 @@ class Checkpoint:
         self.tensors = Tensors(Directory(self.path), fp8_block(self.settings))
         self.names = {plain_name(name): name for name in self.tensors.shapes}
         self.config = self._config()
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer beside the weights."""
+        return Tokenizer.load(self.path)
 
     def _config(self) -> ModelConfig:
         try:
@@ -85,47 +81,21 @@ class Checkpoint:
         """The table of this checkpoint, after a check that it is complete.
 
         Raises:
-            UserError: tensors that are missing, unknown or of another shape, all of them together.
+            UserError: tensors that are missing, unknown or of another shape, all of them together; or one that should
+                repeat another does not.
         """
         rules = model_rules(self.config, self.family, self.experts())
-        expected = {name: shape for rule in rules for name, shape in rule.expected(shapes).items()}
-        optional = {name for rule in rules if isinstance(rule, Copy) for name in rule.expected(shapes)}
-        missing = [name for name in expected if name not in self.names and name not in optional]
-        unused = [name for name in self.names if name not in expected and not IGNORED.search(name)]
-        wrong = [
-            f"{name} {self.shape(name)} instead of {shape}"
-            for name, shape in expected.items()
-            if name in self.names and self.shape(name) != shape
-        ]
-        found = (("missing", missing), ("not used", unused), ("of the wrong shape", wrong))
-        if any(names for _, names in found):
-            parts = [f"{len(names)} {kind}: {_some(names)}" for kind, names in found if names]
-            raise UserError(f"the tensors of {self.path} are not those of its config.json; {'; '.join(parts)}")
+        copies = [rule for rule in rules if isinstance(rule, Copy)]
+        compare(
+            {name: shape for rule in rules for name, shape in rule.expected(shapes).items()},
+            {plain: self.tensors.shapes[name] for plain, name in self.names.items()},
+            str(self.path),
+            optional={name for copy in copies for name in copy.expected(shapes)},
+            ignored=[name for name in self.names if IGNORED.search(name)],
+        )
+        for copy in copies:
+            self._check_copy(copy, rules, shapes)
         return rules
-
-    def load(self, shapes: Shapes, place: Place, progress: Callable[[int], None] | None = None) -> dict[str, jax.Array]:
-        """All weights, each put in its place as soon as it is read.
-
-        Args:
-            shapes: of our weights in list form.
-            place: puts one onto the devices.
-            progress: told the bytes of each weight.
-        """
-        rules = self.rules(shapes)
-        for rule in rules:
-            if isinstance(rule, Copy):
-                self._check_copy(rule, rules, shapes)
-
-        def one(rule: Rule) -> dict[str, jax.Array]:
-            found = {}
-            for name, view in rule.read(self.read, shapes).items():
-                found[name] = place(name, view)
-                if progress is not None:
-                    progress(view.nbytes)
-            return found
-
-        with ThreadPoolExecutor(2) as pool:
-            return {name: array for found in pool.map(one, rules) for name, array in found.items()}
 
     def _check_copy(self, copy: Copy, rules: list[Rule], shapes: Shapes) -> None:
         """UserError if a tensor that should repeat another does not."""
@@ -154,23 +124,3 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"{path / 'config.json'} must hold a JSON object")
     return settings
-
-
-def onto(sharding_of: Mapping[str, jax.sharding.Sharding], dtype: Any) -> Place:
-    """Puts weights under their shardings, as `dtype`; each device is given just its share."""
-
-    def place(name: str, view: np.ndarray) -> jax.Array:
-        sharding = sharding_of[name]
-        if len(sharding.device_set) == 1:
-            # A contiguous view would be shared, not copied, and the file may change under it.
-            array = jax.device_put(np.array(view) if view.flags.c_contiguous else view, sharding)
-        else:
-            array = jax.make_array_from_callback(view.shape, sharding, lambda index: np.ascontiguousarray(view[index]))
-        return array if array.dtype == dtype else jnp.astype(array, dtype)
-
-    return place
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")

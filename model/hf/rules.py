@@ -6,7 +6,7 @@ gives the same bits. Reading works on numpy views, which cost nothing until they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Protocol
@@ -31,8 +31,8 @@ class Rule(Protocol):
         """Their tensors, with the shapes that they must have."""
         ...
 
-    def read(self, get: Get, shapes: Shapes) -> dict[str, np.ndarray]:
-        """Our weights from their tensors."""
+    def read(self, get: Get, shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
+        """Our weights from their tensors, by name; each is made when it is asked for."""
         ...
 
     def write(self, arrays: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
@@ -60,8 +60,8 @@ class Same:
         shape = shapes[self.name]
         return {self.theirs: (prod(shape),) if self.flat else shape}
 
-    def read(self, get: Get, shapes: Shapes) -> dict[str, np.ndarray]:
-        return {self.name: get(self.theirs).reshape(shapes[self.name])}
+    def read(self, get: Get, shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
+        yield self.name, get(self.theirs).reshape(shapes[self.name])
 
     def write(self, arrays: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
         return {self.theirs: arrays[self.name].reshape(self.expected(shapes)[self.theirs])}
@@ -105,10 +105,10 @@ class Matrix:
         columns = prod(shapes[self.parts[0].ours][: self.parts[0].inputs])
         return {self.theirs: (rows, 1, columns) if self.taps else (rows, columns)}
 
-    def read(self, get: Get, shapes: Shapes) -> dict[str, np.ndarray]:
+    def read(self, get: Get, shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
         matrix = get(self.theirs)
         matrix = matrix.reshape(self.groups, -1, matrix.shape[-1])
-        found, start = {}, 0
+        start = 0
         for part in self.parts:
             shape = shapes[part.ours]
             inputs, outputs = shape[: part.inputs], shape[part.inputs :]
@@ -117,9 +117,8 @@ class Matrix:
             if part.rotary:
                 rows = to_halves(rows, len(outputs) - 1, part.rotary)
             axes = (*range(len(outputs), len(shape)), *range(len(outputs)))
-            found[part.ours] = rows.transpose(axes)
+            yield part.ours, rows.transpose(axes)
             start += size
-        return found
 
     def write(self, arrays: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
         blocks = []
@@ -176,12 +175,10 @@ class ExpertsEach:
             found |= {f"{self.theirs}{expert}.{name}": (outputs, inputs) for expert in range(experts)}
         return found
 
-    def read(self, get: Get, shapes: Shapes) -> dict[str, np.ndarray]:
-        found = {}
+    def read(self, get: Get, shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
         for ours, name in zip(self.ours, self.names, strict=True):
             experts = range(shapes[ours][0])
-            found[ours] = np.stack([get(f"{self.theirs}{expert}.{name}") for expert in experts]).swapaxes(1, 2)
-        return found
+            yield ours, np.stack([get(f"{self.theirs}{expert}.{name}") for expert in experts]).swapaxes(1, 2)
 
     def write(self, arrays: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
         found = {}
@@ -221,10 +218,10 @@ class ExpertsFused:
             both, down = (experts, width, 2 * hidden), (experts, hidden, width)
         return dict(zip(self.tensors, (both, down), strict=True))
 
-    def read(self, get: Get, shapes: Shapes) -> dict[str, np.ndarray]:
+    def read(self, get: Get, shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
         both, down = (get(name) if self.turned else get(name).swapaxes(1, 2) for name in self.tensors)
         hidden = shapes[self.prefix + GATE][2]
-        return dict(zip(self.ours, (both[..., :hidden], both[..., hidden:], down), strict=True))
+        yield from zip(self.ours, (both[..., :hidden], both[..., hidden:], down), strict=True)
 
     def write(self, arrays: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
         gate, up, down = (arrays[name] for name in self.ours)
@@ -257,10 +254,10 @@ class ExpertsInterleaved:
         found = (experts, width, 2 * hidden), (experts, hidden, width), (experts, 2 * hidden), (experts, width)
         return dict(zip(self.tensors, found, strict=True))
 
-    def read(self, get: Get, shapes: Shapes) -> dict[str, np.ndarray]:
+    def read(self, get: Get, shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
         both, down, bias, down_bias = (get(name) for name in self.tensors)
         found = (both[..., ::2], both[..., 1::2], down, bias[..., ::2], bias[..., 1::2], down_bias)
-        return dict(zip(self.ours, found, strict=True))
+        yield from zip(self.ours, found, strict=True)
 
     def write(self, arrays: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
         gate, up, down, gate_bias, up_bias, down_bias = (arrays[name] for name in self.ours)
@@ -287,8 +284,8 @@ class Copy:
     def expected(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         return self.rule.expected(shapes)
 
-    def read(self, get: Get, shapes: Shapes) -> dict[str, np.ndarray]:
-        return {}
+    def read(self, get: Get, shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
+        yield from ()
 
     def write(self, arrays: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
         return self.rule.write(arrays, shapes)

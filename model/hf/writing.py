@@ -31,7 +31,16 @@ TYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float16": np.fl
 """What weights can be written as."""
 
 
-def tensor_types(rules: list[Rule], shapes: Shapes, dtype: str, kept: Mapping[str, np.dtype]) -> dict[str, np.dtype]:
+def tensor_bytes(
+    config: ModelConfig, shapes: Shapes, *, dtype: str, kept: Mapping[str, np.dtype], experts: Experts | None
+) -> dict[str, int]:
+    """The size of each tensor that `write_checkpoint` writes with these arguments."""
+    rules = model_rules(config, family_of_config(config), experts)
+    types = _types(rules, shapes, dtype, kept)
+    return {n: prod(shape) * types[n].itemsize for rule in rules for n, shape in rule.expected(shapes).items()}
+
+
+def _types(rules: list[Rule], shapes: Shapes, dtype: str, kept: Mapping[str, np.dtype]) -> dict[str, np.dtype]:
     """The type of each tensor: what it was where that is known, else `dtype`."""
     names = [name for rule in rules for name in rule.expected(shapes)]
     asked = {name: np.dtype(np.float32 if name.endswith(EXACT) else TYPES[dtype]) for name in names}
@@ -69,9 +78,9 @@ def write_checkpoint(
     """
     family = family_of_config(config)
     rules = model_rules(config, family, experts)
-    types = tensor_types(rules, shapes, dtype, kept or {})
+    types = _types(rules, shapes, dtype, kept or {})
     expected = {name: shape for rule in rules for name, shape in rule.expected(shapes).items()}
-    sizes = {name: prod(shape) * types[name].itemsize for name, shape in expected.items()}
+    sizes = tensor_bytes(config, shapes, dtype=dtype, kept=kept or {}, experts=experts)
     common = max(types.values(), key=list(types.values()).count)
     header = {**settings_of(config, family), "dtype": common.name, "torch_dtype": common.name, **(settings or {})}
     with new_directory(target) as partial:
@@ -156,6 +165,6 @@ def new_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def to_json(value: Any) -> bytes:
-    """JSON as people read it."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+def to_json(value: Any, indent: int | None = 2) -> bytes:
+    """JSON as people read it; with `indent` None as programs do."""
+    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode()

@@ -149,12 +149,28 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 """Name -> class of the model, class of its config, and what the config takes."""
 
 
+def is_known(name: str) -> bool:
+    """Whether the release of transformers that is installed has the family; version 4 lacks the newest."""
+    import transformers
+
+    return hasattr(transformers, FAMILIES[name][0])
+
+
+def before_five(options: dict[str, Any]) -> dict[str, Any]:
+    """The options as version 4 of transformers takes them: rotary positions in words of their own."""
+    rope = dict(options["rope_parameters"])
+    words = {key: rope.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    words |= {"rope_scaling": rope} if rope["rope_type"] != "default" else {}
+    return {key: value for key, value in options.items() if key != "rope_parameters"} | words
+
+
 def build(name: str, seed: int) -> Any:
     """The model in float32 with every weight, bias, sink and buffer that is saved drawn at random."""
     import torch
     import transformers
 
     model_class, config_class, options = FAMILIES[name]
+    options = before_five(options) if transformers.__version__.startswith("4.") else options
     config = getattr(transformers, config_class)(**options)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
