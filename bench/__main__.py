@@ -101,17 +101,12 @@ class Bench:
         if "load" in wanted:
             say("load")
             found = run_ours({"what": "load", "repeats": self.options.repeats}, self.cache)
-            plain = [{"rates": found["plain_rates"]}]
-            self.layers.append(
-                {
-                    "name": "load 2 GB, float32",
-                    "unit": "GB/s",
-                    "scale": 1e9,
-                    "ours": [found],
-                    "peer": "safetensors to numpy",
-                }
-                | {"theirs": plain, "required": 1 / 1.5}
-            )
+            for what, peer, required in (("load", "safetensors to numpy", 1 / 1.5), ("convert", "a copy", None)):
+                theirs = [{"rates": found[what]["plain_rates"]}]
+                self.layers.append(
+                    {"name": f"{what} 2 GB, float32", "unit": "GB/s", "scale": 1e9, "ours": [found[what]]}
+                    | {"peer": peer, "theirs": theirs, "required": required}
+                )
             self.write()
 
     # ---- measurements -------------------------------------------------------

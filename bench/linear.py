@@ -10,6 +10,7 @@ from flax import nnx
 
 from bench.timing import Timings
 from model.config import LinearAttentionConfig, ModelConfig
+from model.layers import Keys
 from model.linear_attention import GatedDeltaNet
 
 WIDTH, KEY_HEADS, HEADS, HEAD = 1024, 16, 16, 128
@@ -34,7 +35,7 @@ def delta(repeats: int) -> dict[str, Any]:
     config = ModelConfig(
         hidden_size=WIDTH, num_layers=2, attention_pattern=("linear", "full"), linear=linear, norm="zero_centred"
     )
-    graphdef, weights = nnx.split(GatedDeltaNet(config, nnx.Rngs(0)))
+    graphdef, weights = nnx.split(GatedDeltaNet(config, Keys(jax.random.key(0))))
     x, dy = (jax.random.normal(jax.random.key(seed), (1, TOKENS, WIDTH)) for seed in (1, 2))
     valid, documents = jnp.ones((1, TOKENS), bool), jnp.ones((1, TOKENS), jnp.int32)
 

@@ -13,7 +13,7 @@ from bench.ours import Training, make_rows
 from bench.shapes import Shape
 from bench.timing import Timings, median
 from model.attention import Attention, Mask
-from model.layers import rope_tables
+from model.layers import Keys, rope_tables
 from model.moe import MoE
 from train.losses import Parts, Totals, cross_entropy
 
@@ -65,7 +65,7 @@ def backward(module: nnx.Module, shape: Shape, call: Callable[[Any, jax.Array], 
 def experts_part(shape: Shape) -> Callable[[], Any]:
     """Routing and experts of one layer."""
     valid = jnp.ones((shape.batch, shape.seq), jnp.int32)
-    module = MoE(shape.model, nnx.Rngs(0))
+    module = MoE(shape.model, Keys(jax.random.key(0)))
     return backward(module, shape, lambda moe, x: moe(x, valid, training=True)[0])
 
 
@@ -74,7 +74,7 @@ def attention_part(shape: Shape) -> Callable[[], Any]:
     model, rows = shape.model, make_rows(shape)
     rope = rope_tables(model.rope, model.rotary_dim, jnp.asarray(rows["positions"]), jnp.dtype("float32"))
     index, segments = jnp.asarray(rows["positions"]), jnp.asarray(rows["segments"])
-    module = Attention(model, 0, nnx.Rngs(0))
+    module = Attention(model, 0, Keys(jax.random.key(0)))
     return backward(module, shape, lambda attention, x: attention(x, rope, Mask(index, segments, shape.seq))[0])
 
 

@@ -147,7 +147,7 @@ def layers_table(found: Sequence[dict[str, Any]]) -> str:
             one["peer"] if one["theirs"] else "none",
             shown(one["theirs"], one["scale"]) if one["theirs"] else "not measured",
             f"{ratio(one['ours'], one['theirs']):.2f}" if one["theirs"] else "",
-            f"{one['required']:.2f}",
+            f"{one['required']:.2f}" if one["required"] else "",
         ]
         for one in found
     ]

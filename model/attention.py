@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from model import cache as kv
 from model.config import ModelConfig
-from model.layers import RMSNorm, merge_heads, rotate, weight
+from model.layers import Keys, RMSNorm, merge_heads, rotate, weight
 from sharding.rules import constrain
 
 MASKED = -1e30
@@ -179,13 +179,13 @@ def attend_in_blocks(
 class Attention(nnx.Module):
     """Projections, rotary positions, attention, and the way back into the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: int, keys: Keys):
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        self.q_DNH = weight(rngs, (D, N, H), ("embed", "heads", "head_dim"), D)
-        self.k_DKH = weight(rngs, (D, K, H), ("embed", "kv_heads", "head_dim"), D)
-        self.v_DKH = weight(rngs, (D, K, H), ("embed", "kv_heads", "head_dim"), D)
-        self.o_NHD = weight(rngs, (N, H, D), ("heads", "head_dim", "embed"), N * H, residual_layers=config.num_layers)
-        self.gate_DNH = weight(rngs, (D, N, H), ("embed", "heads", "head_dim"), D) if config.attention_gate else None
+        self.q_DNH = weight(keys, (D, N, H), ("embed", "heads", "head_dim"), D)
+        self.k_DKH = weight(keys, (D, K, H), ("embed", "kv_heads", "head_dim"), D)
+        self.v_DKH = weight(keys, (D, K, H), ("embed", "kv_heads", "head_dim"), D)
+        self.o_NHD = weight(keys, (N, H, D), ("heads", "head_dim", "embed"), N * H, residual_layers=config.num_layers)
+        self.gate_DNH = weight(keys, (D, N, H), ("embed", "heads", "head_dim"), D) if config.attention_gate else None
         if config.qkv_bias:
             self.q_bias_NH = nnx.Param(jnp.zeros((N, H), jnp.float32), axes=("heads", "head_dim"))
             self.k_bias_KH = nnx.Param(jnp.zeros((K, H), jnp.float32), axes=("kv_heads", "head_dim"))

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sharding.mesh import platform
 from sharding.rules import constrain
 
 Activation = Literal["swiglu", "clamped"]
@@ -56,7 +57,8 @@ def run_experts(
     """
     tokens, experts = x_MD.shape[0], params.gate_EDF.shape[0]
     pairs = ids_MC.size
-    if jax.default_backend() != "cpu" and jax.sharding.get_abstract_mesh().size <= 1:
+    mesh = jax.sharding.get_abstract_mesh()
+    if platform() != "cpu" and (mesh.size <= 1 or mesh.manual_axes):
         return ragged(x_MD, ids_MC, weights_MC, params, activation)
     if training:
         capacity = min(tokens, -(-int(pairs / experts * BUFFER_FACTOR) // 8) * 8)
@@ -93,6 +95,11 @@ def hidden_of(rows: Array, params: Experts) -> tuple[Array, Array]:
     return plus(rows @ params.gate_EDF, params.gate_bias_EF), plus(rows @ params.up_EDF, params.up_bias_EF)
 
 
+def on_own_rows(rows: Array, params: Experts, activation: Activation) -> Array:
+    """Each expert of `params` on its own rows, `[..., rows, D]`."""
+    return plus(activate(*hidden_of(rows, params), activation) @ params.down_EFD, params.down_bias_ED)
+
+
 def expert_at(params: Experts, index: Array) -> Experts:
     """The weights of one expert, as slices."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), params)
@@ -105,8 +112,7 @@ def reference(
     experts = params.gate_EDF.shape[0]
     chosen_MCE = jax.nn.one_hot(ids_MC, experts, dtype=x_MD.dtype)
     share_EM = jnp.einsum("mc,mce->em", weights_MC, chosen_MCE)
-    hidden_EMF = activate(*hidden_of(x_MD[None], params), activation)
-    return jnp.einsum("emd,em->md", plus(hidden_EMF @ params.down_EFD, params.down_bias_ED), share_EM)
+    return jnp.einsum("emd,em->md", on_own_rows(x_MD[None], params, activation), share_EM)
 
 
 def ragged(x_MD: Array, ids_MC: Array, weights_MC: Array, params: Experts, activation: Activation = "swiglu") -> Array:
@@ -118,7 +124,9 @@ def ragged(x_MD: Array, ids_MC: Array, weights_MC: Array, params: Experts, activ
     expert_R = jnp.minimum(ids_MC.reshape(-1)[order_R], experts - 1)
 
     def product(rows_RX: Array, weight: Array, bias: Array | None) -> Array:
-        out_RY = jax.lax.ragged_dot(rows_RX, weight, sizes_E)
+        # Products of bfloat16 are exact as they are; the TPU's kernel refuses to be asked for more.
+        exact = None if rows_RX.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+        out_RY = jax.lax.ragged_dot(rows_RX, weight, sizes_E, precision=exact)
         return out_RY if bias is None else out_RY + bias[expert_R]
 
     # Rows past the last group are undefined in the kernels, so both ends are cleared.
@@ -139,9 +147,7 @@ def per_pair(
 
     def one(pair: tuple[Array, Array]) -> Array:
         x_D, expert = pair
-        own = expert_at(params, jnp.minimum(expert, experts - 1))
-        hidden = activate(*hidden_of(x_D[None], own), activation)
-        return plus(hidden @ own.down_EFD, own.down_bias_ED)[0]
+        return on_own_rows(x_D[None], expert_at(params, jnp.minimum(expert, experts - 1)), activation)[0]
 
     y_RD = jax.lax.map(one, (jnp.repeat(x_MD, ids_MC.shape[1], axis=0), ids_MC.reshape(-1)))
     weights_MC = jnp.where(ids_MC < experts, weights_MC, 0)
@@ -245,8 +251,7 @@ def grouped_forward(
     def body(index: Array, y_MD: Array) -> Array:
         expert, pairs = overflow_rows(plan, index, capacity, block)
         rows = rows_of(x_MD, pairs, choices)
-        own = expert_at(params, expert)
-        out = plus(activate(*hidden_of(rows, own), activation) @ own.down_EFD, own.down_bias_ED)
+        out = on_own_rows(rows, expert_at(params, expert), activation)
         share = jnp.take(weights_R, pairs, mode="fill", fill_value=0)
         return y_MD.at[pairs // choices].add(out * share[:, None], mode="drop")
 

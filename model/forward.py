@@ -118,7 +118,7 @@ def make_context(model: Transformer, batch: Batch, cache: Cache | None) -> Conte
     rope = jax.lax.optimization_barrier(
         rope_tables(model.config.rope, model.config.rotary_dim, batch.positions_BT, model.dtype)
     )
-    return Context(rope, mask, write_BT, valid_BT, documents_BT, training=cache is None)
+    return Context(rope, mask, write_BT, valid_BT, documents_BT, training=cache is None, exchange=model.exchange)
 
 
 def run_stacks(

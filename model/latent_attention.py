@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from model import cache as kv
 from model.attention import Mask, attend_in_blocks
 from model.config import ModelConfig
-from model.layers import RMSNorm, merge_heads, rotate, weight
+from model.layers import Keys, RMSNorm, merge_heads, rotate, weight
 from sharding.rules import constrain
 
 
@@ -21,21 +21,21 @@ class LatentAttention(nnx.Module):
     and value head of all query heads, and keys and values are never made.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: int, keys: Keys):
         latent, D, N = config.latent, config.hidden_size, config.num_heads
         Q, U, H, P, I = latent.query_rank, latent.kv_rank, latent.nope_dim, latent.rope_dim, latent.value_dim
         heads = ("heads", "head_dim")
         if Q:
-            self.q_down_DQ = weight(rngs, (D, Q), ("embed", None), D)
+            self.q_down_DQ = weight(keys, (D, Q), ("embed", None), D)
             self.q_norm = RMSNorm(Q, config.norm_eps)
         else:
             self.q_down_DQ = self.q_norm = None
-        self.q_QNH = weight(rngs, (Q or D, N, H + P), (None if Q else "embed", *heads), Q or D)
-        self.kv_down_DU = weight(rngs, (D, U + P), ("embed", None), D)
+        self.q_QNH = weight(keys, (Q or D, N, H + P), (None if Q else "embed", *heads), Q or D)
+        self.kv_down_DU = weight(keys, (D, U + P), ("embed", None), D)
         self.kv_norm = RMSNorm(U, config.norm_eps)
-        self.k_UNH = weight(rngs, (U, N, H), (None, *heads), U)
-        self.v_UNI = weight(rngs, (U, N, I), (None, *heads), U)
-        self.o_NID = weight(rngs, (N, I, D), (*heads, "embed"), N * I, residual_layers=config.num_layers)
+        self.k_UNH = weight(keys, (U, N, H), (None, *heads), U)
+        self.v_UNI = weight(keys, (U, N, I), (None, *heads), U)
+        self.o_NID = weight(keys, (N, I, D), (*heads, "embed"), N * I, residual_layers=config.num_layers)
         self.rank, self.plain, self.scale = U, H, config.attention_scale
         self.window = config.sliding_window if config.attention_kind(layer) == "sliding" else None
 

@@ -14,8 +14,22 @@ from model.config import RopeConfig
 from sharding.rules import constrain
 
 
+class Keys:
+    """Random keys, another with each call: key n is `fold_in(key, n)`.
+
+    In the place of `nnx.Rngs`, whose counter is a variable: traced, it costs more than all else of making a model.
+    """
+
+    def __init__(self, key: Array):
+        self.key, self.count = key, 0
+
+    def __call__(self) -> Array:
+        self.count += 1
+        return jax.random.fold_in(self.key, self.count - 1)
+
+
 def weight(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int, *, residual_layers: int = 0
+    keys: Keys, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int, *, residual_layers: int = 0
 ) -> nnx.Param:
     """A float32 weight drawn from a normal of variance 1/fan_in, truncated at two deviations.
 
@@ -24,7 +38,7 @@ def weight(
     """
     deviation = 1.0 / math.sqrt(fan_in * max(1, 2 * residual_layers))
     init = jax.nn.initializers.truncated_normal(deviation)
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+    return nnx.Param(init(keys(), shape, jnp.float32), axes=axes)
 
 
 class RMSNorm(nnx.Module):
@@ -105,10 +119,10 @@ def merge_heads(out_BTNI: Float[Array, "B T N I"], o_NID: Float[Array, "N I D"])
 class FeedForward(nnx.Module):
     """SwiGLU (arXiv 2002.05202): `down(silu(gate(x)) * up(x))`."""
 
-    def __init__(self, width: int, hidden: int, layers: int, rngs: nnx.Rngs):
-        self.gate_DF = weight(rngs, (width, hidden), ("embed", "mlp"), width)
-        self.up_DF = weight(rngs, (width, hidden), ("embed", "mlp"), width)
-        self.down_FD = weight(rngs, (hidden, width), ("mlp", "embed"), hidden, residual_layers=layers)
+    def __init__(self, width: int, hidden: int, layers: int, keys: Keys):
+        self.gate_DF = weight(keys, (width, hidden), ("embed", "mlp"), width)
+        self.up_DF = weight(keys, (width, hidden), ("embed", "mlp"), width)
+        self.down_FD = weight(keys, (hidden, width), ("mlp", "embed"), hidden, residual_layers=layers)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         dtype = x_BTD.dtype

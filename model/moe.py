@@ -8,9 +8,11 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig, MoEConfig
-from model.experts import Experts, run_experts
-from model.layers import FeedForward, weight
-from sharding.rules import constrain
+from model.experts import Experts, on_own_rows, run_experts
+from model.layers import FeedForward, Keys, weight
+from sharding.expert_parallel import spread_experts
+from sharding.mesh import Exchange
+from sharding.rules import DECODE, TRAIN, constrain
 
 
 class SelectionBias(nnx.Variable):
@@ -88,20 +90,20 @@ def route(
 class MoE(nnx.Module):
     """A routed SwiGLU, with an optional shared expert that every token passes through."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, keys: Keys):
         moe, D, layers = config.moe, config.hidden_size, config.num_layers
         E, F = moe.num_experts, moe.intermediate_size
-        self.router_DE = weight(rngs, (D, E), ("router", None), D)
+        self.router_DE = weight(keys, (D, E), ("router", None), D)
         self.router_bias_E = nnx.Param(jnp.zeros(E, jnp.float32), axes=(None,)) if moe.bias else None
-        self.gate_EDF = weight(rngs, (E, D, F), ("expert", "embed", "mlp"), D)
-        self.up_EDF = weight(rngs, (E, D, F), ("expert", "embed", "mlp"), D)
-        self.down_EFD = weight(rngs, (E, F, D), ("expert", "mlp", "embed"), F, residual_layers=layers)
+        self.gate_EDF = weight(keys, (E, D, F), ("expert", "embed", "mlp"), D)
+        self.up_EDF = weight(keys, (E, D, F), ("expert", "embed", "mlp"), D)
+        self.down_EFD = weight(keys, (E, F, D), ("expert", "mlp", "embed"), F, residual_layers=layers)
         for name, size, axis in (("gate_bias_EF", F, "mlp"), ("up_bias_EF", F, "mlp"), ("down_bias_ED", D, "embed")):
             bias = nnx.Param(jnp.zeros((E, size), jnp.float32), axes=("expert", axis)) if moe.bias else None
             setattr(self, name, bias)
         shared = moe.shared_intermediate_size
-        self.shared = FeedForward(D, shared, layers, rngs) if shared else None
-        self.shared_gate_D = weight(rngs, (D,), ("router",), D) if shared and moe.shared_gate else None
+        self.shared = FeedForward(D, shared, layers, keys) if shared else None
+        self.shared_gate_D = weight(keys, (D,), ("router",), D) if shared and moe.shared_gate else None
         self.bias_E = SelectionBias(jnp.zeros(E, jnp.float32), axes=(None,)) if moe.selection_bias else None
         self.config = moe
 
@@ -111,6 +113,7 @@ class MoE(nnx.Module):
         valid_BT: Array,
         *,
         training: bool,
+        exchange: Exchange = "auto",
         replay_MC: Int[Array, "M C"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats, Int[Array, "M C"]]:
         """Output, statistics and the experts chosen (E for padding)."""
@@ -122,11 +125,21 @@ class MoE(nnx.Module):
                 logits_ME += self.router_bias_E[...].astype(jnp.float32)
             bias_E = None if self.bias_E is None else self.bias_E[...]
             ids_MC, weights_MC, stats = route(logits_ME, valid_BT.reshape(-1), self.config, bias_E, replay_MC)
-        leaves = {name: getattr(self, name) for name in Experts._fields}
-        params = Experts(**{name: leaf[...].astype(dtype) for name, leaf in leaves.items() if leaf is not None})
+        leaves = {name: leaf for name in Experts._fields if (leaf := getattr(self, name)) is not None}
+        kind = self.config.activation
         with jax.named_scope("experts"):
-            y_MD = run_experts(
-                x_MD, ids_MC, weights_MC.astype(dtype), params, training=training, activation=self.config.activation
+            y_MD = spread_experts(
+                x_MD,
+                ids_MC,
+                weights_MC.astype(dtype),
+                {name: leaf[...].astype(dtype) for name, leaf in leaves.items()},
+                axes={name: leaf.get_metadata()["axes"] for name, leaf in leaves.items()},
+                table=TRAIN if training else DECODE,
+                exchange=exchange,
+                compute=lambda x, ids, weights, params: run_experts(
+                    x, ids, weights, Experts(**params), training=training, activation=kind
+                ),
+                apply=lambda rows, params: on_own_rows(rows, Experts(**params), kind),
             )
         y_BTD = constrain(y_MD.reshape(shape), "batch", "length", "embed")
         if self.shared is not None:

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float
 from model.attention import Attention, Mask
 from model.config import ModelConfig
 from model.latent_attention import LatentAttention
-from model.layers import FeedForward, RMSNorm, weight
+from model.layers import FeedForward, Keys, RMSNorm, weight
 from model.linear_attention import GatedDeltaNet
 from model.moe import MoE, RouterStats
+from sharding.mesh import Exchange
 from sharding.rules import constrain
 
 Remat = Literal["none", "block", "dots"]
@@ -29,6 +30,7 @@ class Context(NamedTuple):
     valid_BT: Array
     documents_BT: Array
     training: bool
+    exchange: Exchange
 
 
 class BlockOutput(NamedTuple):
@@ -42,19 +44,19 @@ class BlockOutput(NamedTuple):
 class Block(nnx.Module):
     """`x += attention(norm(x)); x += feed_forward(norm(x))`, where attention may be of another kind in each layer."""
 
-    def __init__(self, config: ModelConfig, layer: int, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: int, keys: Keys):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm)
         if config.attention_kind(layer) == "linear":
-            self.attention = GatedDeltaNet(config, rngs)
+            self.attention = GatedDeltaNet(config, keys)
         elif config.latent.kv_rank:
-            self.attention = LatentAttention(config, layer, rngs)
+            self.attention = LatentAttention(config, layer, keys)
         else:
-            self.attention = Attention(config, layer, rngs)
+            self.attention = Attention(config, layer, keys)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm)
         if config.is_moe(layer):
-            self.feed_forward = MoE(config, rngs)
+            self.feed_forward = MoE(config, keys)
         else:
-            self.feed_forward = FeedForward(config.hidden_size, config.intermediate_size, config.num_layers, rngs)
+            self.feed_forward = FeedForward(config.hidden_size, config.intermediate_size, config.num_layers, keys)
 
     def __call__(
         self,
@@ -72,7 +74,11 @@ class Block(nnx.Module):
         normed = self.feed_forward_norm(x_BTD)
         if isinstance(self.feed_forward, MoE):
             out, stats, experts_MC = self.feed_forward(
-                normed, context.valid_BT, training=context.training, replay_MC=replay_MC
+                normed,
+                context.valid_BT,
+                training=context.training,
+                exchange=context.exchange,
+                replay_MC=replay_MC,
             )
         else:
             out, stats, experts_MC = self.feed_forward(normed), None, None
@@ -86,12 +92,12 @@ class NextTokenBlock(nnx.Module):
     model's own.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, keys: Keys):
         D = config.hidden_size
         self.embedding_norm = RMSNorm(D, config.norm_eps, config.norm)
         self.hidden_norm = RMSNorm(D, config.norm_eps, config.norm)
-        self.join_XD = weight(rngs, (2 * D, D), (None, "embed"), 2 * D)
-        self.block = Block(config, config.mtp_layer, rngs)
+        self.join_XD = weight(keys, (2 * D, D), (None, "embed"), 2 * D)
+        self.block = Block(config, config.mtp_layer, keys)
         self.norm = RMSNorm(D, config.norm_eps, config.norm)
 
     def __call__(
@@ -143,7 +149,7 @@ class Stack(nnx.Module):
     def __init__(self, config: ModelConfig, pattern: tuple[int, ...], repeats: int, key: Array):
         def block(first: int, repeat: int | Array) -> Block:
             layer_key = jax.random.fold_in(key, first + repeat * len(pattern))
-            return Block(config, first, nnx.Rngs(layer_key))
+            return Block(config, first, Keys(layer_key))
 
         if repeats == 1:
             blocks = [block(layer, 0) for layer in pattern]
@@ -176,6 +182,7 @@ class Transformer(nnx.Module):
         dtype: type of activations; weights are float32.
         remat: what the backward pass computes again.
         stacked: one array per pattern position, scanned, instead of one per layer.
+        exchange: how tokens meet experts on other devices, see `sharding.expert_parallel`.
     """
 
     def __init__(
@@ -186,23 +193,25 @@ class Transformer(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         remat: Remat = "none",
         stacked: bool = False,
+        exchange: Exchange = "auto",
     ):
         V, D = config.vocab_size, config.hidden_size
-        rngs = nnx.Rngs(jax.random.fold_in(key, config.num_layers))
+        keys = Keys(jax.random.fold_in(key, config.num_layers))
         # At unit variance the token itself, not the average of its neighbours, decides where early layers route
         # it: the load is even from the start. As an output head it has to be small.
-        self.embedding_VD = weight(rngs, (V, D), ("vocab", "embed"), D if config.tie_embeddings else 1)
+        self.embedding_VD = weight(keys, (V, D), ("vocab", "embed"), D if config.tie_embeddings else 1)
         self.stacks = nnx.List(
             [Stack(config, pattern, repeats, key) for pattern, repeats in stack_plan(config, stacked)]
         )
         self.norm = RMSNorm(D, config.norm_eps, config.norm)
-        own = nnx.Rngs(jax.random.fold_in(key, config.num_layers + 1))
+        own = Keys(jax.random.fold_in(key, config.num_layers + 1))
         self.mtp = NextTokenBlock(config, own) if config.mtp_layers else None
-        self.head_DV = None if config.tie_embeddings else weight(rngs, (D, V), ("embed", "vocab"), D)
+        self.head_DV = None if config.tie_embeddings else weight(keys, (D, V), ("embed", "vocab"), D)
         self.config = config
         self.dtype = dtype
         self.remat: Remat = remat
         self.stacked = stacked
+        self.exchange: Exchange = exchange
 
     def head(self) -> Float[Array, "D V"]:
         """The output head; the transposed embedding when they are tied."""

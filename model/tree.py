@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -61,6 +62,7 @@ class Skeleton:
         return {name: tuple(leaf.shape) for name, (_, leaf) in {**self._weights, **self._state}.items()}
 
 
+@lru_cache(maxsize=8)
 def make_skeleton(config: ModelConfig, *, stacked: bool, dtype: Any = jnp.float32) -> Skeleton:
     """The structure of a model of `config`; allocates nothing."""
     return Skeleton(jax.eval_shape(lambda: Transformer(config, jax.random.key(0), dtype=dtype, stacked=stacked)))

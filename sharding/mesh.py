@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from errors import UserError
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 AXES = ("data", "fsdp", "expert", "tensor")
 """`data`: replicas of the weights; `fsdp`: weights and optimizer cut up, batch too; `expert`: experts
 cut up, batch too; `tensor`: heads, feed-forward width and vocabulary cut up."""
+
+Exchange = Literal["auto", "ring", "all_to_all", "gspmd"]
 
 BATCH_AXES = ("data", "fsdp", "expert")
 """Mesh axes over which the rows of a batch are spread."""
@@ -33,6 +35,8 @@ class MeshConfig:
     """Shards of the experts, each with its part of the batch."""
     tensor: int = 1
     """Shards of heads, feed-forward width and vocabulary."""
+    exchange: Exchange = "auto"
+    """How tokens meet experts on other devices: gathered around a ring, sent to and fro, or as the compiler does it."""
 
     def __post_init__(self) -> None:
         for axis, size in zip(AXES, self.shape, strict=True):
@@ -72,12 +76,39 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
             f"{devices[0].platform} device(s) are here; on a CPU, emulate more with "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={config.num_devices}"
         )
-    return jax.make_mesh(
-        config.shape,
-        AXES,
-        axis_types=(AxisType.Auto,) * len(AXES),
-        devices=devices[: config.num_devices],
-    )
+    grid = device_grid(config.shape, devices[: config.num_devices])
+    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def device_grid(shape: tuple[int, ...], devices: Sequence[Any]) -> Any:
+    """Devices in the form of a mesh, so that neighbours along an axis have links; slices lie along the first axis.
+
+    Raises:
+        UserError: the first axis does not divide over the slices.
+    """
+    from jax.experimental import mesh_utils
+
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise UserError(f"mesh.data={shape[0]} does not divide over {slices} slices, whose links between them are slow")
+    within, between = (shape[0] // slices, *shape[1:]), (slices, *(1,) * (len(shape) - 1))
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+
+
+def platform() -> str:
+    """What the program that is being traced is made for: `cpu`, `gpu` or `tpu`.
+
+    The mesh in force decides, which may be of devices that are not here.
+    """
+    import jax
+
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend()
+    kind = device.device_kind.lower()
+    return kind if kind == "cpu" else "tpu" if kind.startswith("tpu") else "gpu"
 
 
 def join_hosts() -> None:

@@ -57,9 +57,9 @@ def spec(axes: Sequence[str | None], table: Table) -> P:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` laid out on the mesh in force as ACTIVATIONS says; `x` itself where there is no mesh."""
+    """`x` laid out on the mesh in force as ACTIVATIONS says; `x` itself where there is none, or inside `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, ACTIVATIONS))
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -229,7 +230,7 @@ def test_half_precision_keeps_the_router_whole(generator: Generator) -> None:
 @pytest.mark.parametrize(
     "sizes", [{"data": 2, "expert": 2, "tensor": 2}, pytest.param({"tensor": 2}, marks=pytest.mark.full)], ids=str
 )
-def test_a_mesh_gives_the_same_replies(model: Transformer, generator: Generator, sizes: dict[str, int]) -> None:
+def test_a_mesh_gives_the_same_replies(model: Transformer, generator: Generator, sizes: dict[str, Any]) -> None:
     asked = prompts(4)
     params = [GREEDY, GREEDY, SamplingParams(temperature=0.0, max_tokens=3), GREEDY]
     meshed = Generator(model, Words(), mesh=make_mesh(MeshConfig(**sizes)), max_rows=4)

@@ -11,29 +11,40 @@ import numpy as np
 import pytest
 
 from errors import UserError
+from model.config import LatentAttentionConfig
 from sharding.mesh import MeshConfig, make_mesh
 from sharding.rules import ACTIVATIONS, DECODE, TRAIN, batch_sharding, spec
 from tests.tiny import DENSE, MOE, Trainer, make_rows, make_run
 from train.step import accumulate
 
-MODELS = {"dense": (DENSE, "list"), "moe": (MOE, "list"), "moe stacked": (MOE, "stacked")}
+LATENT = replace(
+    MOE, latent=LatentAttentionConfig(kv_rank=12, query_rank=20, nope_dim=8, rope_dim=4, value_dim=10), num_kv_heads=4
+)
+MODELS = {
+    "dense": (DENSE, "list"),
+    "moe": (MOE, "list"),
+    "moe stacked": (MOE, "stacked"),
+    "latent": (LATENT, "list"),
+}
 ALL = [
-    (kind, (d, f, e, 8 // (d * f * e)))
+    (kind, MeshConfig(d, f, e, 8 // (d * f * e), exchange=exchange))
     for kind in MODELS
     for d in (1, 2, 4, 8)
     for f in (1, 2, 4, 8)
     for e in (1, 2, 4, 8)
     if 8 % (d * f * e) == 0 and 8 // (d * f * e) <= 2
+    for exchange in (("auto",) if kind == "dense" else ("ring", "all_to_all"))
 ]
 # Each pair of axes together at least once; every factorisation of 8 under `--full`.
 COVER = [
-    ("dense", (1, 4, 1, 2)),
-    ("dense", (2, 1, 2, 2)),
-    ("moe", (1, 2, 4, 1)),
-    ("moe", (2, 1, 2, 2)),
-    ("moe", (8, 1, 1, 1)),
-    ("moe stacked", (2, 2, 1, 2)),
-    ("moe stacked", (1, 2, 2, 2)),
+    ("dense", MeshConfig(1, 4, 1, 2)),
+    ("dense", MeshConfig(2, 1, 2, 2)),
+    ("moe", MeshConfig(1, 2, 4, 1)),
+    ("moe", MeshConfig(2, 1, 2, 2, exchange="all_to_all")),
+    ("moe", MeshConfig(8, 1, 1, 1)),
+    ("moe stacked", MeshConfig(2, 2, 1, 2, exchange="gspmd")),
+    ("moe stacked", MeshConfig(1, 2, 2, 2)),
+    ("latent", MeshConfig(2, 1, 2, 2)),
 ]
 CASES = ALL if os.environ.get("QMAX_FULL") else COVER
 
@@ -45,9 +56,9 @@ def one_device(kind: str) -> Trainer:
     return Trainer(make_run(model, layers=layers), make_mesh(MeshConfig()))
 
 
-def on_mesh(kind: str, shape: tuple[int, int, int, int]) -> Trainer:
+def on_mesh(kind: str, mesh: MeshConfig) -> Trainer:
     """The same run on many devices, with the same weights."""
-    one, mesh = one_device(kind), MeshConfig(*shape)
+    one = one_device(kind)
     return Trainer(replace(one.run, mesh=mesh), make_mesh(mesh), one.state)
 
 
@@ -69,17 +80,21 @@ def expected(kind: str) -> tuple[dict[str, np.ndarray], float]:
     return gradients(one_device(kind))
 
 
-@pytest.mark.parametrize(("kind", "shape"), CASES, ids=str)
-def test_gradients_equal_one_device(kind: str, shape: tuple[int, int, int, int]) -> None:
+def words(case: object) -> str:
+    return f"{case.shape} {case.exchange}" if isinstance(case, MeshConfig) else str(case)
+
+
+@pytest.mark.parametrize(("kind", "mesh"), CASES, ids=words)
+def test_gradients_equal_one_device(kind: str, mesh: MeshConfig) -> None:
     wanted, loss = expected(kind)
-    found, sharded_loss = gradients(on_mesh(kind, shape))
+    found, sharded_loss = gradients(on_mesh(kind, mesh))
     assert abs(sharded_loss - loss) <= 1e-5 * abs(loss)
     for name, value in wanted.items():
         assert np.abs(found[name] - value).max() <= 1e-5 * np.abs(value).max(), name
 
 
 def test_losses_of_several_steps_equal_one_device() -> None:
-    one, many = on_mesh("moe", (1, 1, 1, 1)), on_mesh("moe", (1, 2, 2, 2))
+    one, many = on_mesh("moe", MeshConfig()), on_mesh("moe", MeshConfig(1, 2, 2, 2))
     for step in range(4):
         rows = make_rows(one.run, step)
         a, b = one(rows), many(jax.device_put(rows, batch_sharding(many.mesh)))

@@ -24,6 +24,7 @@ from model import experts
 from model.config import ModelConfig, MoEConfig
 from model.experts import Experts
 from model.forward import Batch, Output, forward
+from model.layers import Keys
 from model.moe import MoE, route
 from model.transformer import Transformer
 from model.tree import Skeleton
@@ -314,7 +315,7 @@ def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def moe_layer() -> MoE:
     """A routed layer."""
-    module = nnx.eval_shape(lambda: MoE(CONFIG, nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: MoE(CONFIG, Keys(jax.random.key(0))))
     for path, leaf in nnx.to_flat_state(state := nnx.state(module)):
         leaf.set_value(jnp.asarray(drawn(".".join(map(str, path)), leaf.shape)))
     nnx.update(module, state)

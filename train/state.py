@@ -51,7 +51,14 @@ def is_stacked(run: Run) -> bool:
 
 def build_model(run: Run, key: Array) -> Transformer:
     """The model of `run` with initial weights."""
-    return Transformer(run.model, key, dtype=compute_dtype(run), remat=run.remat, stacked=is_stacked(run))
+    return Transformer(
+        run.model,
+        key,
+        dtype=compute_dtype(run),
+        remat=run.remat,
+        stacked=is_stacked(run),
+        exchange=run.mesh.exchange,
+    )
 
 
 def make_skeleton(run: Run) -> Skeleton:

@@ -92,7 +92,7 @@ def write_checkpoint(
 def _tensors(rules: list[Rule], weights: Mapping[str, Any], shapes: Shapes) -> Iterator[tuple[str, Any]]:
     """Every tensor of theirs in the order of the table."""
     for rule in rules:
-        needed = [name for name in shapes if name in rule.ours] if rule.ours else [copied(rule)]
+        needed = rule.ours or [copied(rule)]
         yield from rule.write({name: weights[name] for name in needed}, shapes).items()
 
 

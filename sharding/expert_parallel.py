@@ -1,0 +1,232 @@
+"""Tokens on one device, their experts on another: the exchanges between them, under `shard_map`.
+
+    ring         every shard of experts is shown the tokens of all shards (all-gather) and computes those that chose
+                 its experts; the sums go back to where the tokens are (reduce-scatter)
+    all_to_all   every pair of token and expert travels to its expert and back, in buffers of one size per expert
+
+Both are exact for any routing. Weights that are cut over `fsdp` are gathered here, once, and their gradients scattered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import shard_map
+from jax.sharding import PartitionSpec as P
+
+from sharding.mesh import BATCH_AXES, Exchange
+from sharding.rules import Table, spec
+
+BUFFER_FACTOR = 1.25
+"""Pairs that one source sends to one expert at a time, as a multiple of an even load; what is left goes in a further
+round."""
+
+Params = Mapping[str, jax.Array]
+"""Weights of one layer's experts; the first dimension is the expert."""
+
+Compute = Callable[[jax.Array, jax.Array, jax.Array, Params], jax.Array]
+"""`sum_c weights[m, c] * expert[ids[m, c]](x[m])` as `(x_MD, ids_MC, weights_MC, params) -> y_MD`; an id beyond the
+last expert means nothing."""
+
+Apply = Callable[[jax.Array, Params], jax.Array]
+"""`(rows_ESD, params) -> out_ESD`: each expert on its own rows."""
+
+
+def chosen(kind: Exchange, shards: int, choices: int) -> Exchange:
+    """The exchange that moves less, where the choice is left to us.
+
+    Per token a ring moves `2 (shards - 1)` rows; the other at most `2 * 1.25 * choices`, and gathers more on the way.
+    """
+    if kind != "auto":
+        return kind
+    return "ring" if shards <= 2 * choices else "all_to_all"
+
+
+def spread_experts(
+    x_MD: jax.Array,
+    ids_MC: jax.Array,
+    weights_MC: jax.Array,
+    params: Params,
+    *,
+    axes: Mapping[str, tuple[str | None, ...]],
+    table: Table,
+    exchange: Exchange,
+    compute: Compute,
+    apply: Apply,
+) -> jax.Array:
+    """What `compute` gives, with tokens over the batch's axes of the mesh and experts where `table` puts them.
+
+    Without a mesh, or where tokens or experts do not divide, the compiler lays it out (`gspmd`).
+
+    Args:
+        axes: logical axes of each of `params`.
+        table: where they lie.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    experts = len(next(iter(params.values())))
+    shards = 1 if mesh.empty else mesh.shape["expert"]
+    kind = chosen(exchange, shards, ids_MC.shape[1])
+    divides = not mesh.empty and len(x_MD) % _size(mesh, BATCH_AXES) == 0 and experts % shards == 0
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes or kind == "gspmd" or not divides:
+        return compute(x_MD, ids_MC, weights_MC, params)
+    rows = P(BATCH_AXES, None)
+    specs = {name: spec(axes[name], table) for name in params}
+
+    def local(x_mD: jax.Array, ids_mC: jax.Array, weights_mC: jax.Array, params: Params) -> jax.Array:
+        whole = {name: _whole(leaf, axes[name], specs[name]) for name, leaf in params.items()}
+        if kind == "ring":
+            y_mD = _ring(x_mD, ids_mC, weights_mC, whole, compute)
+        else:
+            capacity = -(-int(ids_mC.size / experts * BUFFER_FACTOR + 1) // 8) * 8
+            y_mD = _all_to_all(x_mD, ids_mC, weights_mC, whole, apply, min(capacity, len(x_mD)))
+        return jax.lax.psum(y_mD, "tensor")
+
+    return shard_map(local, in_specs=(rows, rows, rows, specs), out_specs=rows, check_vma=False)(
+        x_MD, ids_MC, weights_MC, dict(params)
+    )
+
+
+def _size(mesh: jax.sharding.AbstractMesh, axes: tuple[str, ...]) -> int:
+    size = 1
+    for axis in axes:
+        size *= mesh.shape[axis]
+    return size
+
+
+def _whole(leaf: jax.Array, axes: tuple[str | None, ...], own: P) -> jax.Array:
+    """A weight with all that is cut over `fsdp`; the shards over `tensor` stay, and their results are summed."""
+    for dimension, entry in enumerate(own):
+        if entry == "fsdp":
+            leaf = jax.lax.all_gather(leaf, "fsdp", axis=dimension, tiled=True)
+    # Every shard of the width has the whole of a weight that is not cut along it: one of them adds it.
+    return leaf if "mlp" in axes else jnp.where(jax.lax.axis_index("tensor") == 0, leaf, 0)
+
+
+def _ring(x_mD: jax.Array, ids_mC: jax.Array, weights_mC: jax.Array, params: Params, compute: Compute) -> jax.Array:
+    """The tokens of all shards come here, and what our experts add to them goes back."""
+    experts = len(next(iter(params.values())))
+    x_MD, ids_MC, weights_MC = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x_mD, ids_mC, weights_mC))
+    own_MC = ids_MC - jax.lax.axis_index("expert") * experts
+    own_MC = jnp.where((own_MC >= 0) & (own_MC < experts), own_MC, experts)
+    y_MD = compute(x_MD, own_MC, weights_MC, params)
+    return jax.lax.psum_scatter(y_MD, "expert", tiled=True)
+
+
+# ---- all_to_all -----------------------------------------------------------------
+class Plan(NamedTuple):
+    """This shard's pairs by the expert that they go to.
+
+    order_R: pairs sorted by expert. first_E, sizes_E: where each expert's begin, and how many. rank_R: each pair's
+    place among those of its expert. rounds: as many as the busiest expert of any shard needs.
+    """
+
+    order_R: jax.Array
+    first_E: jax.Array
+    sizes_E: jax.Array
+    rank_R: jax.Array
+    rounds: jax.Array
+
+
+def _plan(ids_mC: jax.Array, experts: int, capacity: int) -> Plan:
+    ids_R = ids_mC.reshape(-1)
+    order_R = jnp.argsort(ids_R, stable=True).astype(jnp.int32)
+    sizes_E = jnp.bincount(ids_R, length=experts).astype(jnp.int32)
+    first_E = jnp.cumsum(sizes_E) - sizes_E
+    sorted_R = jnp.minimum(ids_R[order_R], experts - 1)
+    rank_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(len(order_R), dtype=jnp.int32) - first_E[sorted_R])
+    # All devices must agree, over the axes of the width and of the batch too: else some wait for ever.
+    rounds = jax.lax.pmax(-(-sizes_E.max() // capacity), (*BATCH_AXES, "tensor"))
+    return Plan(order_R, first_E, sizes_E, rank_R, rounds)
+
+
+def _sent(plan: Plan, turn: jax.Array, capacity: int) -> jax.Array:
+    """`[E, capacity]`: the pairs that this round sends to each expert, `R` where the buffer is empty."""
+    pairs = len(plan.order_R)
+    rank = turn * capacity + jnp.arange(capacity, dtype=jnp.int32)
+    at = jnp.minimum(plan.first_E[:, None] + rank, pairs - 1)
+    return jnp.where(rank < plan.sizes_E[:, None], plan.order_R[at], pairs)
+
+
+def _slots(plan: Plan, ids_mC: jax.Array, turn: jax.Array, experts: int, capacity: int) -> jax.Array:
+    """`[m, C]`: the row of the flattened buffers in which each pair travels this time; beyond their end if in none."""
+    rank_mC = plan.rank_R.reshape(ids_mC.shape) - turn * capacity
+    here = (ids_mC < experts) & (rank_mC >= 0) & (rank_mC < capacity)
+    return jnp.where(here, ids_mC * capacity + rank_mC, experts * capacity)
+
+
+def _to_experts(rows_ESD: jax.Array, shards: int) -> jax.Array:
+    """Buffers for all experts, from here, to buffers of our experts, from all shards."""
+    experts, capacity, width = rows_ESD.shape
+    split = rows_ESD.reshape(shards, experts // shards, capacity, width)
+    come = jax.lax.all_to_all(split, "expert", 0, 0)
+    return come.swapaxes(0, 1).reshape(experts // shards, shards * capacity, width)
+
+
+def _to_tokens(rows_eSD: jax.Array, shards: int) -> jax.Array:
+    """The way back of `_to_experts`."""
+    experts, rows, width = rows_eSD.shape
+    split = rows_eSD.reshape(experts, shards, rows // shards, width).swapaxes(0, 1)
+    come = jax.lax.all_to_all(split, "expert", 0, 0)
+    return come.reshape(shards * experts, rows // shards, width)
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _all_to_all(
+    x_mD: jax.Array, ids_mC: jax.Array, weights_mC: jax.Array, params: Params, apply: Apply, capacity: int
+) -> jax.Array:
+    """Rounds of buffers there and back. Rows are moved by gathers alone, forward and backward."""
+    return _forward(x_mD, ids_mC, weights_mC, params, apply, capacity)[0]
+
+
+def _forward(
+    x_mD: jax.Array, ids_mC: jax.Array, weights_mC: jax.Array, params: Params, apply: Apply, capacity: int
+) -> tuple[jax.Array, Any]:
+    choices, shards = ids_mC.shape[1], jax.lax.axis_size("expert")
+    experts = len(next(iter(params.values()))) * shards
+    plan = _plan(ids_mC, experts, capacity)
+
+    def body(turn: jax.Array, y_mD: jax.Array) -> jax.Array:
+        rows_ESD = _take(x_mD, _sent(plan, turn, capacity) // choices)
+        out_ESD = _to_tokens(apply(_to_experts(rows_ESD, shards), params), shards)
+        slots_mC = _slots(plan, ids_mC, turn, experts, capacity)
+        return y_mD + jnp.einsum("mcd,mc->md", _take(out_ESD.reshape(-1, out_ESD.shape[-1]), slots_mC), weights_mC)
+
+    y_mD = jax.lax.fori_loop(0, plan.rounds, body, jnp.zeros_like(x_mD))
+    return y_mD, (x_mD, ids_mC, weights_mC, params, plan)
+
+
+def _backward(apply: Apply, capacity: int, saved: Any, dy_mD: jax.Array) -> tuple[Any, ...]:
+    """Each round travels again, and its expert is computed again, so that nothing of it was kept."""
+    x_mD, ids_mC, weights_mC, params, plan = saved
+    choices, shards = ids_mC.shape[1], jax.lax.axis_size("expert")
+    experts = len(next(iter(params.values()))) * shards
+    weights_R = weights_mC.reshape(-1)
+
+    def body(turn: jax.Array, carry: Any) -> Any:
+        dx_mD, dw_mC, d_params = carry
+        pairs_ES = _sent(plan, turn, capacity)
+        rows, dy = (_to_experts(_take(a, pairs_ES // choices), shards) for a in (x_mD, dy_mD))
+        share = _to_experts(_take(weights_R, pairs_ES)[..., None], shards)
+        out, pull = jax.vjp(apply, rows, params)
+        d_rows, d_own = pull(dy * share)
+        d_share = jnp.sum(out * dy, axis=-1, keepdims=True)
+        slots_mC = _slots(plan, ids_mC, turn, experts, capacity)
+        back = _to_tokens(jnp.concatenate([d_rows, d_share], axis=-1), shards)
+        back_mCX = _take(back.reshape(-1, back.shape[-1]), slots_mC)
+        dx_mD = dx_mD + back_mCX[..., :-1].sum(1)
+        return dx_mD, dw_mC + back_mCX[..., -1], jax.tree.map(jnp.add, d_params, d_own)
+
+    zeros = (jnp.zeros_like(x_mD), jnp.zeros_like(weights_mC), jax.tree.map(jnp.zeros_like, params))
+    dx_mD, dw_mC, d_params = jax.lax.fori_loop(0, plan.rounds, body, zeros)
+    return dx_mD, None, dw_mC, d_params
+
+
+_all_to_all.defvjp(_forward, _backward)

@@ -1,0 +1,143 @@
+"""Law: tokens meet their experts on other devices as they do on one, for any routing, gradients included."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from model.experts import Experts, on_own_rows, reference, run_experts
+from sharding.expert_parallel import chosen, spread_experts
+from sharding.mesh import MeshConfig, make_mesh
+from sharding.rules import DECODE, TRAIN, spec
+
+TOKENS, CHOICES, EXPERTS, WIDTH, HIDDEN = 64, 2, 8, 16, 8
+AXES = {
+    "gate_EDF": ("expert", "embed", "mlp"),
+    "up_EDF": ("expert", "embed", "mlp"),
+    "down_EFD": ("expert", "mlp", "embed"),
+    "gate_bias_EF": ("expert", "mlp"),
+    "up_bias_EF": ("expert", "mlp"),
+    "down_bias_ED": ("expert", "embed"),
+}
+SIZES = {"expert": EXPERTS, "embed": WIDTH, "mlp": HIDDEN}
+MESHES = [(1, 1, 8, 1), (1, 2, 2, 2), (2, 1, 4, 1), (1, 4, 1, 2), (2, 2, 2, 1)]
+
+
+def inputs(routing: str, biased: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    """Tokens, choices, weights and parameters."""
+    rng = np.random.default_rng(0)
+    x_MD = rng.standard_normal((TOKENS, WIDTH), np.float32)
+    ids_MC = np.stack([rng.permutation(EXPERTS)[:CHOICES] for _ in range(TOKENS)]).astype(np.int32)
+    if routing == "one hot expert":
+        ids_MC = np.broadcast_to(np.array([3, 5], np.int32), ids_MC.shape).copy()
+    elif routing == "padding and empty experts":
+        ids_MC = ids_MC % 3
+        ids_MC[ids_MC[:, 0] == ids_MC[:, 1], 1] = 7
+        ids_MC[TOKENS // 3 :: 2] = EXPERTS
+    elif routing == "nothing":
+        ids_MC[:] = EXPERTS
+    weights_MC = rng.random((TOKENS, CHOICES), np.float32) * (ids_MC < EXPERTS)
+    names = AXES if biased else list(AXES)[:3]
+    params = {n: rng.standard_normal([SIZES[a] for a in AXES[n]], np.float32) * 0.3 for n in names}
+    return x_MD, ids_MC, weights_MC, params
+
+
+def loss(function, dy_MD, x_MD, weights_MC, params):
+    return jnp.sum(function(x_MD, weights_MC, params) * dy_MD)
+
+
+@pytest.mark.parametrize("routing", ["even", "one hot expert", "padding and empty experts", "nothing"])
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("exchange", ["ring", "all_to_all", "gspmd"])
+def test_any_routing(exchange, shape: tuple[int, int, int, int], routing: str) -> None:
+    biased = shape[3] == 2
+    x_MD, ids_MC, weights_MC, params = inputs(routing, biased)
+    kind = "clamped" if biased else "swiglu"
+    dy_MD = np.random.default_rng(1).standard_normal(x_MD.shape, np.float32)
+
+    def plain(x_MD, weights_MC, params):
+        return reference(x_MD, jnp.asarray(ids_MC), weights_MC, Experts(**params), kind)
+
+    def spread(x_MD, weights_MC, params):
+        return spread_experts(
+            x_MD,
+            jnp.asarray(ids_MC),
+            weights_MC,
+            params,
+            axes={name: AXES[name] for name in params},
+            table=TRAIN,
+            exchange=exchange,
+            compute=lambda x, i, w, p: run_experts(x, i, w, Experts(**p), training=True, activation=kind),
+            apply=lambda rows, p: on_own_rows(rows, Experts(**p), kind),
+        )
+
+    def both(function, x_MD, weights_MC, params):
+        gradient = jax.grad(partial(loss, function, dy_MD), argnums=(0, 1, 2))
+        return function(x_MD, weights_MC, params), *gradient(x_MD, weights_MC, params)
+
+    expected = jax.jit(partial(both, plain))(x_MD, weights_MC, params)
+    mesh = make_mesh(MeshConfig(*shape))
+    placed = {n: jax.device_put(p, NamedSharding(mesh, spec(AXES[n], TRAIN))) for n, p in params.items()}
+    with jax.set_mesh(mesh):
+        found = jax.jit(partial(both, spread))(x_MD, weights_MC, placed)
+    for value, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.abs(value - wanted).max() <= 1e-5 * max(np.abs(wanted).max(), 1e-6)
+
+
+@pytest.mark.parametrize("exchange", ["ring", "all_to_all"])
+def test_collectives_are_those_of_the_exchange(exchange) -> None:
+    """Weights are gathered over fsdp and their gradients scattered; nothing is reduced over all devices."""
+    x_MD, ids_MC, weights_MC, params = inputs("even", biased=False)
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=4))
+
+    def function(x_MD, weights_MC, params):
+        y_MD = spread_experts(
+            x_MD,
+            jnp.asarray(ids_MC),
+            weights_MC,
+            params,
+            axes={name: AXES[name] for name in params},
+            table=TRAIN,
+            exchange=exchange,
+            compute=lambda x, i, w, p: run_experts(x, i, w, Experts(**p), training=True),
+            apply=lambda rows, p: on_own_rows(rows, Experts(**p), "swiglu"),
+        )
+        return jnp.sum(y_MD**2)
+
+    placed = {n: jax.device_put(p, NamedSharding(mesh, spec(AXES[n], TRAIN))) for n, p in params.items()}
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(function, argnums=2)).lower(x_MD, weights_MC, placed).as_text()
+    assert text.count("all_to_all") == 0 if exchange == "ring" else text.count("all_to_all") > 0
+    assert "all_gather" in text and "reduce_scatter" in text
+
+
+def test_the_exchange_that_moves_less_is_chosen() -> None:
+    assert chosen("auto", 8, 8) == "ring" and chosen("auto", 64, 8) == "all_to_all"
+    assert chosen("ring", 64, 8) == "ring"
+
+
+def test_tokens_that_do_not_divide_are_left_to_the_compiler() -> None:
+    x_MD, ids_MC, weights_MC, params = inputs("even", biased=False)
+    x_MD, ids_MC, weights_MC = x_MD[:3], ids_MC[:3], weights_MC[:3]
+    expected = reference(*map(jnp.asarray, (x_MD, ids_MC, weights_MC)), Experts(**params))
+    with jax.set_mesh(make_mesh(MeshConfig(expert=8))):
+        found = jax.jit(
+            lambda x, i, w, p: spread_experts(
+                x,
+                i,
+                w,
+                p,
+                axes=AXES,
+                table=DECODE,
+                exchange="all_to_all",
+                compute=lambda x, i, w, p: run_experts(x, i, w, Experts(**p), training=False),
+                apply=lambda rows, p: on_own_rows(rows, Experts(**p), "swiglu"),
+            )
+        )(x_MD, ids_MC, weights_MC, params)
+    np.testing.assert_allclose(found, expected, atol=1e-5)

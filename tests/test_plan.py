@@ -1,0 +1,89 @@
+"""Law: what a plan says of a program's collectives is what was written; a bad question is one sentence."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import shard_map
+from jax.sharding import PartitionSpec as P
+
+import qmax
+from sharding.mesh import AXES, MeshConfig, make_mesh, platform
+from sharding.topology import find_chip
+from train.hlo import read_program
+
+HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
+TINY = ["--model.vocab-size", "512", "--data.sequence-length", "256", "--data.batch-size", "32", "--mesh.fsdp", "4"]
+
+
+def test_collectives_are_counted_by_axis_and_trip() -> None:
+    config = MeshConfig(fsdp=2, expert=2, tensor=2)
+    mesh = make_mesh(config)
+
+    def local(x):
+        def body(_, total):
+            return total + jax.lax.all_gather(jnp.tanh(total[:4]), "fsdp", tiled=True)
+
+        total = jax.lax.fori_loop(0, 3, body, x)
+        return jax.lax.psum(total, ("fsdp", "tensor")) + jax.lax.ppermute(x, "expert", [(0, 1), (1, 0)])
+
+    with jax.set_mesh(mesh):
+        function = shard_map(local, in_specs=P(None), out_specs=P(None), check_vma=False)
+        text = jax.jit(function).lower(jnp.ones((8, 16))).compile().as_text()
+    assert text is not None
+    found = {one.kind: one for one in read_program(text, dict(zip(AXES, config.shape, strict=True))).collectives}
+    gather = found["all-gather"]
+    assert (gather.axes, gather.devices, gather.count, gather.bytes) == (("fsdp",), 2, 3, 3 * 8 * 16 * 4)
+    assert found["all-reduce"].axes == ("fsdp", "tensor") and found["all-reduce"].bytes == 8 * 16 * 4
+    assert found["collective-permute"].axes == ("expert",)
+
+
+def test_a_program_is_made_for_the_devices_of_its_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    with jax.set_mesh(make_mesh(MeshConfig(data=2))):
+        assert platform() == "cpu"
+    absent = SimpleNamespace(abstract_device=SimpleNamespace(device_kind="TPU v5p"))
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: absent)
+    assert platform() == "tpu"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--topology", "v5q:4x4"], "'v5q' is no TPU that is known; did you mean"),
+        (["--topology", "v5p"], "is not of the form GENERATION:SHAPE"),
+        (["--topology", "v5p:2x2x1", "--mesh.fspd", "4"], "did you mean"),
+    ],
+)
+def test_a_bad_question_is_one_sentence(words: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+    assert qmax.main(["plan", "configs/tiny.py", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.strip().splitlines()) == 1
+
+
+def test_chips_are_those_of_the_specifications() -> None:
+    assert find_chip("v5p:2x2x1").flops == 459e12 and find_chip("tpu7x:2x2x1").per_chip == 2
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs pip install 'qmax[plan]'")
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+def test_the_training_step_compiles_for_chips_that_are_not_here(topology: str, tmp_path: Path) -> None:
+    words = [sys.executable, "qmax.py", "plan", "configs/tiny.py", "--topology", topology, *TINY]
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [*words, "--json", str(tmp_path / "plan.json")], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits"] and 0 < found["state_bytes_per_device"] < found["peak_bytes_per_device"] < 2**30
+    kinds = {(one["kind"], *one["axes"]) for one in found["collectives"]}
+    assert ("all-gather", "fsdp") in kinds
+    assert 0 < found["mfu_low"] <= found["mfu_high"] <= 1

@@ -1,0 +1,175 @@
+"""What a compiled program's text says: its collectives over which axes, how often, and the compiler's cycles."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4}
+UNKNOWN_CYCLES = 1 << 40
+"""The compiler writes larger numbers where it has no estimate."""
+
+HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(")
+ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+CALLED = re.compile(r"\b(body|calls|called_computations|branch_computations)=\{?((?:%?[\w.\-]+(?:, ?)?)+)\}?")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind over the same axes of the mesh.
+
+    axes: names, or none where the groups are no product of axes. count: per run of the program. bytes: of the whole
+    array that a device ends with (all-gather) or begins with, summed over `count`.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    devices: int
+    count: int
+    bytes: int
+    asynchronous: bool
+
+
+@dataclass(frozen=True)
+class Program:
+    """What was read of a program. cycles: of the matrix core, as far as the compiler estimates them."""
+
+    collectives: tuple[Collective, ...]
+    cycles: int
+    kernels: Mapping[str, int]
+
+
+def read_program(text: str, mesh_shape: Mapping[str, int]) -> Program:
+    """Reads an optimised program.
+
+    Args:
+        text: `compiled.as_text()`.
+        mesh_shape: size of each axis, in the order of the mesh.
+    """
+    computations, entry = _computations(text)
+    times, fused = _times(computations, entry)
+    found: dict[tuple[str, tuple[str, ...], int, bool], list[int]] = defaultdict(lambda: [0, 0])
+    cycles = 0
+    kernels: Counter[str] = Counter()
+    for name, lines in computations.items():
+        often = times[name]
+        if not often:
+            continue
+        for line in lines:
+            match = INSTRUCTION.match(line)
+            if not match:
+                continue
+            kind = match[3].removesuffix("-start")
+            if kind in KINDS:
+                axes, devices = _groups(line, mesh_shape)
+                if devices == 1:
+                    continue
+                later = match[3].endswith("-start") or "async" in name
+                entry_of = found[kind, axes, devices, later]
+                entry_of[0] += often
+                entry_of[1] += often * _bytes(match[2], kind, devices, match[3].endswith("-start"))
+            elif match[3] == "custom-call" and (target := re.search(r'custom_call_target="([^"]+)"', line)):
+                kernels[target[1]] += often
+            estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+            if estimate and name not in fused and int(estimate[1]) < UNKNOWN_CYCLES:
+                cycles += often * int(estimate[1])
+    collectives = (
+        Collective(kind, axes, devices, count, size, later)
+        for (kind, axes, devices, later), (count, size) in found.items()
+    )
+    return Program(tuple(sorted(collectives, key=lambda one: -one.bytes)), cycles, dict(kernels))
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation, and the name of the first to run."""
+    found: dict[str, list[str]] = {}
+    entry = current = ""
+    for line in text.splitlines():
+        header = HEADER.match(line)
+        if header:
+            current = header[2]
+            found[current] = []
+            entry = current if header[1] else entry
+        elif line.startswith("}"):
+            current = ""
+        elif current:
+            found[current].append(line)
+    return found, entry
+
+
+def _times(computations: Mapping[str, list[str]], entry: str) -> tuple[Counter[str], set[str]]:
+    """How often each computation runs, and which of them are the inside of a fusion."""
+    times: Counter[str] = Counter()
+    fused: set[str] = set()
+
+    def visit(name: str, often: int) -> None:
+        times[name] += often
+        for line in computations.get(name, ()):
+            for kind, names in CALLED.findall(line):
+                for called in (word.strip().lstrip("%") for word in names.split(",")):
+                    if called not in computations:
+                        continue
+                    if " fusion(" in line:
+                        fused.add(called)
+                    visit(called, often * (_trips(line, computations) if kind == "body" else 1))
+
+    visit(entry, 1)
+    return times, fused
+
+
+def _trips(line: str, computations: Mapping[str, list[str]]) -> int:
+    """How often a loop goes round; where that is not written, the largest constant of its condition."""
+    known = re.search(r'known_trip_count":\{"n":"?(\d+)', line)
+    if known:
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    lines = computations.get(condition[1], []) if condition else []
+    constants = [int(value) for one in lines for value in re.findall(r"s32\[\]\S* constant\((\d+)\)", one)]
+    return max(constants, default=1)
+
+
+def _bytes(shape: str, kind: str, devices: int, start: bool) -> int:
+    sizes = []
+    for dtype, dimensions in ARRAY.findall(shape):
+        bits = BITS.get(dtype) or int(next(iter(re.findall(r"\d+", dtype)), "0"))
+        sizes.append(prod(int(one) for one in dimensions.split(",") if one) * bits // 8)
+    # The start of an asynchronous one gives its operand beside its result.
+    size = max(sizes, default=0) if start else sum(sizes)
+    return size * devices if kind == "reduce-scatter" else size
+
+
+def _groups(line: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
+    """The axes that a group runs along, and its devices."""
+    named = re.search(r"replica_groups=mesh\[[^\]]*\][^{]*\{([^}]*)\}", line)
+    if named:
+        axes = tuple(axis for axis in re.findall(r"\w+", named[1]) if axis in mesh_shape)
+        return axes, prod(mesh_shape[axis] for axis in axes)
+    group = _first_group(line, prod(mesh_shape.values()))
+    if group is None:
+        return (), 0
+    places = np.unravel_index(np.asarray(group), tuple(mesh_shape.values()))
+    axes = tuple(axis for axis, place in zip(mesh_shape, places, strict=True) if len(set(place.tolist())) > 1)
+    return axes if prod(mesh_shape[axis] for axis in axes) == len(group) else (), len(group)
+
+
+def _first_group(line: str, devices: int) -> list[int] | None:
+    spread = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+    if spread:
+        sizes = [int(one) for one in spread[3].split(",")]
+        ids = np.arange(prod(sizes)).reshape(sizes)
+        ids = ids.transpose([int(one) for one in spread[4].split(",")]) if spread[4] else ids
+        return ids.reshape(int(spread[1]), int(spread[2]))[0].tolist()
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    if listed:
+        return [int(one) for one in listed[1].split(",")]
+    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line)
+    if pairs:
+        return [int(pairs[1]), int(pairs[2])]
+    return list(range(devices)) if "replica_groups={}" in line else None
