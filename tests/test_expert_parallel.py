@@ -125,7 +125,7 @@ def test_the_exchange_that_moves_less_is_chosen() -> None:
 def test_tokens_that_do_not_divide_are_left_to_the_compiler() -> None:
     x_MD, ids_MC, weights_MC, params = inputs("even", biased=False)
     x_MD, ids_MC, weights_MC = x_MD[:3], ids_MC[:3], weights_MC[:3]
-    expected = reference(*map(jnp.asarray, (x_MD, ids_MC, weights_MC)), Experts(**params))
+    expected = reference(jnp.asarray(x_MD), jnp.asarray(ids_MC), jnp.asarray(weights_MC), Experts(**params))
     with jax.set_mesh(make_mesh(MeshConfig(expert=8))):
         found = jax.jit(
             lambda x, i, w, p: spread_experts(
