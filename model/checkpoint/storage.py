@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -93,6 +94,8 @@ def quieten() -> None:
     logging.getLogger("asyncio").addFilter(_of_others)
     if not isinstance(sys.unraisablehook, _Hook):
         sys.unraisablehook = _Hook(sys.unraisablehook)
+    # Parts of an array that nobody waits for any more, since another part of it failed.
+    warnings.filterwarnings("ignore", message="coroutine '.*async_serialize_from_host.* was never awaited")
 
 
 def _of_orbax(record: logging.LogRecord) -> bool:
