@@ -15,7 +15,7 @@ from model.config import ModelConfig, MoEConfig, RopeConfig
 from model.gguf_format import GGUFFile
 from model.gguf_tensors import model_rules
 from model.gguf_tokenizer import read_tokenizer
-from model.hf.placing import Reading, TensorFiles, compare
+from model.hf.placing import Reading, TensorFiles, compare, expected_tensors
 from model.hf.rules import Shapes
 from model.layers import rope_frequencies
 from model.tokenizer import Tokenizer
@@ -73,10 +73,9 @@ class GGUFSource(TensorFiles):
         """As `TensorFiles.rules`."""
         rules = model_rules(self.config, interleaved=self.architecture.interleaved)
         found = {name: tensor.shape for name, tensor in self.file.tensors.items()}
-        expected = {name: shape for rule in rules for name, shape in rule.expected(shapes).items()}
         ignored = [name for name in found if IGNORED.fullmatch(name)]
         ignored += [ROPE_FACTORS] if self.architecture.interleaved else []
-        compare(expected, found, str(self.path), ignored=ignored)
+        compare(expected_tensors(rules, shapes), found, str(self.path), ignored=ignored)
         return rules
 
     def read(self, name: str) -> np.ndarray:

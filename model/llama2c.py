@@ -15,7 +15,7 @@ import numpy as np
 from errors import UserError
 from model.config import ModelConfig, RopeConfig
 from model.gguf_tensors import model_rules
-from model.hf.placing import Reading, TensorFiles, compare
+from model.hf.placing import Reading, TensorFiles, compare, expected_tensors
 from model.hf.rules import Shapes
 from model.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, Piece, sentencepiece_model
 from model.tokenizer import Tokenizer
@@ -65,9 +65,8 @@ class Llama2cSource(TensorFiles):
         """As `TensorFiles.rules`."""
         rules = model_rules(self.config, interleaved=True)
         found = {name: shape for name, (shape, _) in self.places.items()}
-        expected = {name: shape for rule in rules for name, shape in rule.expected(shapes).items()}
         tables = [name for name in found if name.startswith("freq_cis")]
-        compare(expected, found, str(self.path), ignored=tables)
+        compare(expected_tensors(rules, shapes), found, str(self.path), ignored=tables)
         return rules
 
 

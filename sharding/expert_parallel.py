@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -70,7 +71,9 @@ def spread_experts(
     experts = len(next(iter(params.values())))
     shards = 1 if mesh.empty else mesh.shape["expert"]
     kind = chosen(exchange, shards, ids_MC.shape[1])
-    divides = not mesh.empty and len(x_MD) % _size(mesh, BATCH_AXES) == 0 and experts % shards == 0
+    divides = (
+        not mesh.empty and len(x_MD) % prod(mesh.shape[axis] for axis in BATCH_AXES) == 0 and experts % shards == 0
+    )
     if mesh.empty or mesh.size == 1 or mesh.manual_axes or kind == "gspmd" or not divides:
         return compute(x_MD, ids_MC, weights_MC, params)
     rows = P(BATCH_AXES, None)
@@ -88,13 +91,6 @@ def spread_experts(
     return shard_map(local, in_specs=(rows, rows, rows, specs), out_specs=rows, check_vma=False)(
         x_MD, ids_MC, weights_MC, dict(params)
     )
-
-
-def _size(mesh: jax.sharding.AbstractMesh, axes: tuple[str, ...]) -> int:
-    size = 1
-    for axis in axes:
-        size *= mesh.shape[axis]
-    return size
 
 
 def _whole(leaf: jax.Array, axes: tuple[str | None, ...], own: P) -> jax.Array:

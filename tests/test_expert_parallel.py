@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from model.experts import Experts, on_own_rows, reference, run_experts
+from model.experts import Activation, Experts, on_own_rows, reference, run_experts
 from sharding.expert_parallel import chosen, spread_experts
 from sharding.mesh import MeshConfig, make_mesh
 from sharding.rules import DECODE, TRAIN, spec
@@ -48,6 +48,21 @@ def inputs(routing: str, biased: bool) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return x_MD, ids_MC, weights_MC, params
 
 
+def exchanged(exchange, x_MD, ids_MC, weights_MC, params, kind: Activation = "swiglu", training=True):
+    """The experts of `params` on the mesh in force."""
+    return spread_experts(
+        x_MD,
+        jnp.asarray(ids_MC),
+        weights_MC,
+        params,
+        axes={name: AXES[name] for name in params},
+        table=TRAIN if training else DECODE,
+        exchange=exchange,
+        compute=lambda x, i, w, p: run_experts(x, i, w, Experts(**p), training=training, activation=kind),
+        apply=lambda rows, p: on_own_rows(rows, Experts(**p), kind),
+    )
+
+
 def loss(function, dy_MD, x_MD, weights_MC, params):
     return jnp.sum(function(x_MD, weights_MC, params) * dy_MD)
 
@@ -58,24 +73,14 @@ def loss(function, dy_MD, x_MD, weights_MC, params):
 def test_any_routing(exchange, shape: tuple[int, int, int, int], routing: str) -> None:
     biased = shape[3] == 2
     x_MD, ids_MC, weights_MC, params = inputs(routing, biased)
-    kind = "clamped" if biased else "swiglu"
+    kind: Activation = "clamped" if biased else "swiglu"
     dy_MD = np.random.default_rng(1).standard_normal(x_MD.shape, np.float32)
 
     def plain(x_MD, weights_MC, params):
         return reference(x_MD, jnp.asarray(ids_MC), weights_MC, Experts(**params), kind)
 
     def spread(x_MD, weights_MC, params):
-        return spread_experts(
-            x_MD,
-            jnp.asarray(ids_MC),
-            weights_MC,
-            params,
-            axes={name: AXES[name] for name in params},
-            table=TRAIN,
-            exchange=exchange,
-            compute=lambda x, i, w, p: run_experts(x, i, w, Experts(**p), training=True, activation=kind),
-            apply=lambda rows, p: on_own_rows(rows, Experts(**p), kind),
-        )
+        return exchanged(exchange, x_MD, ids_MC, weights_MC, params, kind)
 
     def both(function, x_MD, weights_MC, params):
         gradient = jax.grad(partial(loss, function, dy_MD), argnums=(0, 1, 2))
@@ -97,18 +102,7 @@ def test_collectives_are_those_of_the_exchange(exchange) -> None:
     mesh = make_mesh(MeshConfig(fsdp=2, expert=4))
 
     def function(x_MD, weights_MC, params):
-        y_MD = spread_experts(
-            x_MD,
-            jnp.asarray(ids_MC),
-            weights_MC,
-            params,
-            axes={name: AXES[name] for name in params},
-            table=TRAIN,
-            exchange=exchange,
-            compute=lambda x, i, w, p: run_experts(x, i, w, Experts(**p), training=True),
-            apply=lambda rows, p: on_own_rows(rows, Experts(**p), "swiglu"),
-        )
-        return jnp.sum(y_MD**2)
+        return jnp.sum(exchanged(exchange, x_MD, ids_MC, weights_MC, params) ** 2)
 
     placed = {n: jax.device_put(p, NamedSharding(mesh, spec(AXES[n], TRAIN))) for n, p in params.items()}
     with jax.set_mesh(mesh):
@@ -127,17 +121,6 @@ def test_tokens_that_do_not_divide_are_left_to_the_compiler() -> None:
     x_MD, ids_MC, weights_MC = x_MD[:3], ids_MC[:3], weights_MC[:3]
     expected = reference(jnp.asarray(x_MD), jnp.asarray(ids_MC), jnp.asarray(weights_MC), Experts(**params))
     with jax.set_mesh(make_mesh(MeshConfig(expert=8))):
-        found = jax.jit(
-            lambda x, i, w, p: spread_experts(
-                x,
-                i,
-                w,
-                p,
-                axes=AXES,
-                table=DECODE,
-                exchange="all_to_all",
-                compute=lambda x, i, w, p: run_experts(x, i, w, Experts(**p), training=False),
-                apply=lambda rows, p: on_own_rows(rows, Experts(**p), "swiglu"),
-            )
-        )(x_MD, ids_MC, weights_MC, params)
+        function = partial(exchanged, "all_to_all", training=False)
+        found = jax.jit(function)(x_MD, ids_MC, weights_MC, params)
     np.testing.assert_allclose(found, expected, atol=1e-5)

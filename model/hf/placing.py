@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,6 +96,11 @@ class _Streamed(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.rules)
+
+
+def expected_tensors(rules: Iterable[Reading], shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """The tensors of all rules for weights of these shapes, in their order, with the shapes that they must have."""
+    return {name: shape for rule in rules for name, shape in rule.expected(shapes).items()}
 
 
 def compare(

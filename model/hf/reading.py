@@ -13,7 +13,7 @@ import numpy as np
 from errors import UserError
 from model.config import ModelConfig
 from model.hf.families import family_of_settings
-from model.hf.placing import TensorFiles, compare
+from model.hf.placing import TensorFiles, compare, expected_tensors
 from model.hf.quantised import Tensors, fp8_block
 from model.hf.rules import Copy, ExpertsEach, ExpertsFused, Rule, Shapes
 from model.hf.safetensors import Directory
@@ -87,7 +87,7 @@ class Checkpoint(TensorFiles):
         rules = model_rules(self.config, self.family, self.experts())
         copies = [rule for rule in rules if isinstance(rule, Copy)]
         compare(
-            {name: shape for rule in rules for name, shape in rule.expected(shapes).items()},
+            expected_tensors(rules, shapes),
             {plain: self.tensors.shapes[name] for plain, name in self.names.items()},
             str(self.path),
             optional={name for copy in copies for name in copy.expected(shapes)},

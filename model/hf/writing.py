@@ -17,6 +17,7 @@ import numpy as np
 from errors import UserError
 from model.config import ModelConfig
 from model.hf.families import family_of_config, settings_of
+from model.hf.placing import expected_tensors
 from model.hf.rules import Rule, Shapes
 from model.hf.safetensors import INDEX, SINGLE, header_of, shards, sync, write_tensor
 from model.hf.tables import Experts, model_rules
@@ -37,12 +38,12 @@ def tensor_bytes(
     """The size of each tensor that `write_checkpoint` writes with these arguments."""
     rules = model_rules(config, family_of_config(config), experts)
     types = _types(rules, shapes, dtype, kept)
-    return {n: prod(shape) * types[n].itemsize for rule in rules for n, shape in rule.expected(shapes).items()}
+    return {name: prod(shape) * types[name].itemsize for name, shape in expected_tensors(rules, shapes).items()}
 
 
 def _types(rules: list[Rule], shapes: Shapes, dtype: str, kept: Mapping[str, np.dtype]) -> dict[str, np.dtype]:
     """The type of each tensor: what it was where that is known, else `dtype`."""
-    names = [name for rule in rules for name in rule.expected(shapes)]
+    names = expected_tensors(rules, shapes)
     asked = {name: np.dtype(np.float32 if name.endswith(EXACT) else TYPES[dtype]) for name in names}
     return {name: kept.get(name, own) for name, own in asked.items()}
 
@@ -79,7 +80,7 @@ def write_checkpoint(
     family = family_of_config(config)
     rules = model_rules(config, family, experts)
     types = _types(rules, shapes, dtype, kept or {})
-    expected = {name: shape for rule in rules for name, shape in rule.expected(shapes).items()}
+    expected = expected_tensors(rules, shapes)
     sizes = tensor_bytes(config, shapes, dtype=dtype, kept=kept or {}, experts=experts)
     common = max(types.values(), key=list(types.values()).count)
     header = {**settings_of(config, family), "dtype": common.name, "torch_dtype": common.name, **(settings or {})}
