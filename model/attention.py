@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 from model import cache as kv
 from model.config import ModelConfig
 from model.layers import Keys, RMSNorm, merge_heads, rotate, weight
-from sharding.rules import constrain
+from sharding.mesh import platform
+from sharding.rules import constrain, on_own_parts
 
 MASKED = -1e30
 """Score of a key that may not be seen; finite, so that a row without any key gives no NaN."""
@@ -96,22 +97,17 @@ def _attend_backward(saved: tuple, d_out: Array) -> tuple:
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+@struct.dataclass
 class Mask:
     """What each query may see, made for a block of queries at a time so that no `[T, S]` array is kept.
 
-    With `segments` the keys are those of the batch itself (`within_batch`), at `index` 0, 1, ...; without, those of
-    a cache.
+    index_BT: place of each query. segments_BT: documents; with them the keys are those of the batch itself
+    (`within_batch`), at `index` 0, 1, ...; without, those of a cache. keys: how many.
     """
 
-    def __init__(
-        self,
-        index_BT: Int[Array, "B T"],
-        segments_BT: Int[Array, "B T"] | None,
-        keys: int,
-    ):
-        self.index_BT = index_BT
-        self.segments_BT = segments_BT
-        self.keys = keys
+    index_BT: Int[Array, "B T"]
+    segments_BT: Int[Array, "B T"] | None
+    keys: int = struct.field(pytree_node=False)
 
     @property
     def within_batch(self) -> bool:
@@ -158,7 +154,14 @@ def attend_in_blocks(
     window: int | None = None,
     sinks_N: Array | None = None,
 ) -> Float[Array, "B T N I"]:
-    """`attend` over sections of queries; in long ones block by block, recomputed in the backward pass."""
+    """`attend` over sections of queries; in long ones block by block, recomputed in the backward pass.
+
+    For TPUs a kernel does it, where it can.
+    """
+    if platform() == "tpu" and mask.segments_BT is not None:
+        found = by_kernel(q_BTNH, k_BKSH, v_BKSI, mask.segments_BT, scale, window, sinks_N)
+        if found is not None:
+            return found
     parts = []
     for start, size, first, end in mask.sections(q_BTNH.shape[1], window):
         k, v = k_BKSH[:, :, first:end], v_BKSI[:, :, first:end]
@@ -174,6 +177,29 @@ def attend_in_blocks(
             out = jax.lax.map(jax.checkpoint(block), jnp.arange(start, start + size, rows))
             parts.append(jnp.moveaxis(out, 0, 1).reshape(q_BTNH.shape[0], size, *out.shape[3:]))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def by_kernel(
+    q_BTNH: Array,
+    k_BKSH: Array,
+    v_BKSI: Array,
+    segments_BT: Array,
+    scale: float,
+    window: int | None,
+    sinks_N: Array | None,
+) -> Array | None:
+    """`attend_in_blocks` of a batch to itself by a kernel; None where there is none for these shapes."""
+    from model.kernels import splash  # a second of imports, which only TPUs need
+
+    if not splash.fits(q_BTNH.shape[1], k_BKSH.shape[2]):
+        return None
+    heads, keys = ("batch", "length", "heads", "head_dim"), ("batch", "kv_heads", None, "head_dim")
+    return on_own_parts(
+        lambda q, k, v, segments, sinks: splash.splash(q, k, v, segments, scale, window, sinks),
+        (q_BTNH, k_BKSH, v_BKSI, segments_BT, sinks_N),
+        (heads, keys, keys, ("batch", "length"), ("heads",)),
+        heads,
+    )
 
 
 class Attention(nnx.Module):

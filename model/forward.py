@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 from model.attention import Mask
 from model.cache import Cache, write_positions
 from model.layers import rope_tables
 from model.moe import RouterStats
-from model.transformer import BlockOutput, Context, Remat, Stack, Transformer, rematerialised
+from model.transformer import (
+    BlockOutput,
+    Context,
+    NextTokenBlock,
+    Remat,
+    Stack,
+    Transformer,
+    gathered,
+    rematerialised,
+)
+from sharding.data_parallel import divides, on_own_tokens
 from sharding.rules import constrain
+from sharding.vocabulary import look_up
 
 
 @struct.dataclass
@@ -36,13 +49,13 @@ class Output:
     """What a forward pass gives.
 
     hidden_BTD: after the final norm; `unembed` makes logits of what is needed. cache: the new one, or None.
-    stats: routing per routed layer (leading axis), or None. experts_LMC: the experts chosen (E for padding).
+    stats: routing per routed layer (leading axis), or None. experts_LBTC: the experts chosen (E for padding).
     """
 
     hidden_BTD: Float[Array, "B T D"]
     cache: Cache | None
     stats: RouterStats | None
-    experts_LMC: Int[Array, "L M C"] | None
+    experts_LBTC: Int[Array, "L B T C"] | None
 
 
 def continuation(tokens_BT: Array, lengths_B: Array, valid_BT: Array | None = None) -> Batch:
@@ -60,17 +73,18 @@ def forward(model: Transformer, batch: Batch, cache: Cache | None = None, *, rep
         batch: `[B, T]` tokens with their positions and segments.
         cache: None while training and scoring: tokens attend within their document of the batch. Otherwise
             tokens are appended to the cache and attend to all of their row.
-        replay: `[L, M, C]` expert choices to use instead of the router's own.
+        replay: `[L, B, T, C]` expert choices to use instead of the router's own.
     """
     x_BTD = embed(model, batch.tokens_BT)
     context = make_context(model, batch, cache)
-    x_BTD, layers = run_stacks(model, x_BTD, context, cache, replay)
+    run = spread_stacks if cache is None and spreads(model, batch) else run_stacks
+    x_BTD, layers = run(model, x_BTD, context, cache, replay)
     hidden_BTD = model.norm(x_BTD)
     if cache is not None:
         stored = tuple(layer.stored for layer in layers if layer.stored is not None)
         lengths_B = cache.lengths_B + context.valid_BT.sum(axis=1, dtype=jnp.int32)
         cache = replace(cache, layers=stored, lengths_B=lengths_B, empty=False)
-    routed = [(layer.stats, layer.experts_MC) for layer in layers if layer.stats is not None]
+    routed = [(layer.stats, layer.experts_BTC) for layer in layers if layer.stats is not None]
     if not routed:
         return Output(hidden_BTD, cache, None, None)
     stats, experts = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *part) for part in zip(*routed, strict=True))
@@ -80,7 +94,7 @@ def forward(model: Transformer, batch: Batch, cache: Cache | None = None, *, rep
 def embed(model: Transformer, tokens_BT: Array) -> Float[Array, "B T D"]:
     """The rows of the embedding for these tokens, in the model's type."""
     with jax.named_scope("embed"):
-        x_BTD = jnp.take(model.embedding_VD[...], tokens_BT, axis=0).astype(model.dtype)
+        x_BTD = look_up(model.embedding_VD[...], tokens_BT, model.dtype)
         return constrain(x_BTD, "batch", "length", "embed")
 
 
@@ -95,9 +109,14 @@ def predict_further(
     assert model.mtp is not None, "the model has no block for multi-token prediction"
     context = make_context(model, batch, None)
     following_BT = jnp.pad(batch.tokens_BT[:, 1:], ((0, 0), (0, 1)))
-    step = rematerialised(lambda block, hidden, embedded: block(hidden, embedded, context), model.remat)
-    further_BTD, output = step(model.mtp, hidden_BTD, embed(model, following_BT))
-    return further_BTD, output.stats
+
+    def run(block: NextTokenBlock, tokens: tuple[Array, Array, Context]) -> tuple[Array, RouterStats | None]:
+        step = rematerialised(lambda block, *tokens: gathered(block, model.dtype)(*tokens), model.remat)
+        further_BTD, output = step(block, *tokens)
+        return further_BTD, output.stats
+
+    tokens = (hidden_BTD, embed(model, following_BT), context)
+    return spread(run, model.mtp, tokens) if spreads(model, batch) else run(model.mtp, tokens)
 
 
 def make_context(model: Transformer, batch: Batch, cache: Cache | None) -> Context:
@@ -119,6 +138,35 @@ def make_context(model: Transformer, batch: Batch, cache: Cache | None) -> Conte
         rope_tables(model.config.rope, model.config.rotary_dim, batch.positions_BT, model.dtype)
     )
     return Context(rope, mask, write_BT, valid_BT, documents_BT, training=cache is None, exchange=model.exchange)
+
+
+def spreads(model: Transformer, batch: Batch) -> bool:
+    """Whether layers run on each device's own tokens; otherwise the compiler lays everything out."""
+    return model.exchange != "gspmd" and divides(batch.tokens_BT.shape)
+
+
+def spread(run: Callable[[Any, Any], tuple[Any, Any]], module: nnx.Module, tokens: Any) -> tuple[Any, Any]:
+    """`run(module, tokens)` on each device's own tokens; gives arrays `[B, T, ...]`, and sums over tokens."""
+    leaves, structure = jax.tree.flatten(module)
+    variables = jax.tree.leaves(module, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    axes = [leaf.get_metadata()["axes"] for leaf in variables]
+    return on_own_tokens(lambda own, tokens: run(structure.unflatten(own), tokens), leaves, axes, tokens)
+
+
+def spread_stacks(
+    model: Transformer, x_BTD: Array, context: Context, cache: None, replay: Array | None
+) -> tuple[Array, list[BlockOutput]]:
+    """`run_stacks` on each device's own tokens."""
+
+    def run(own: Transformer, tokens: tuple[Array, Context, Array | None]) -> tuple[Any, Any]:
+        x_BTD, context, replay_BTLC = tokens
+        own_replay = None if replay_BTLC is None else jnp.moveaxis(replay_BTLC, 2, 0)
+        x_BTD, layers = run_stacks(own, x_BTD, context, None, own_replay)
+        return (x_BTD, [layer.experts_BTC for layer in layers]), [layer.stats for layer in layers]
+
+    replay_BTLC = None if replay is None else jnp.moveaxis(replay, 0, 2)
+    (x_BTD, experts), stats = spread(run, model, (x_BTD, context, replay_BTLC))
+    return x_BTD, [BlockOutput(None, *output) for output in zip(stats, experts, strict=True)]
 
 
 def run_stacks(
@@ -145,8 +193,8 @@ def unrolled_stack(
 ) -> tuple[Array, list[BlockOutput]]:
     """The blocks of a stack one after the other; `first` is the index of its first layer."""
     outputs: list[BlockOutput] = []
-    routed = 0
-    step = rematerialised(lambda block, x, stored, replay_MC: block(x, context, stored, replay_MC), remat)
+    routed, dtype = 0, x_BTD.dtype
+    step = rematerialised(lambda block, x, *rest: gathered(block, dtype)(x, context, *rest), remat)
     for repeat in range(stack.repeats):
         for position in range(len(stack.blocks)):
             index = first + len(outputs)
@@ -170,7 +218,7 @@ def scan_stack(
         routed = 0
         for block in blocks:
             chosen = None if own is None or routed >= own.shape[0] else own[routed]
-            x_BTD, output = block(x_BTD, context, None, chosen)
+            x_BTD, output = gathered(block, x_BTD.dtype)(x_BTD, context, None, chosen)
             routed += output.stats is not None
             outputs.append(output)
         return x_BTD, outputs

@@ -114,8 +114,8 @@ class MoE(nnx.Module):
         *,
         training: bool,
         exchange: Exchange = "auto",
-        replay_MC: Int[Array, "M C"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], RouterStats, Int[Array, "M C"]]:
+        replay_BTC: Int[Array, "B T C"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], RouterStats, Int[Array, "B T C"]]:
         """Output, statistics and the experts chosen (E for padding)."""
         dtype, shape = x_BTD.dtype, x_BTD.shape
         x_MD = x_BTD.reshape(-1, shape[-1])
@@ -124,6 +124,7 @@ class MoE(nnx.Module):
             if self.router_bias_E is not None:
                 logits_ME += self.router_bias_E[...].astype(jnp.float32)
             bias_E = None if self.bias_E is None else self.bias_E[...]
+            replay_MC = None if replay_BTC is None else replay_BTC.reshape(-1, replay_BTC.shape[-1])
             ids_MC, weights_MC, stats = route(logits_ME, valid_BT.reshape(-1), self.config, bias_E, replay_MC)
         leaves = {name: leaf for name in Experts._fields if (leaf := getattr(self, name)) is not None}
         kind = self.config.activation
@@ -148,4 +149,4 @@ class MoE(nnx.Module):
                 logit_BT = x_BTD @ self.shared_gate_D[...].astype(dtype)
                 shared_BTD = shared_BTD * jax.nn.sigmoid(logit_BT)[..., None]
             y_BTD = y_BTD + shared_BTD
-        return y_BTD, stats, ids_MC
+        return y_BTD, stats, ids_MC.reshape(*shape[:-1], -1)

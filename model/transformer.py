@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, struct
 from jaxtyping import Array, Float
 
 from model.attention import Attention, Mask
@@ -15,22 +15,25 @@ from model.latent_attention import LatentAttention
 from model.layers import FeedForward, Keys, RMSNorm, weight
 from model.linear_attention import GatedDeltaNet
 from model.moe import MoE, RouterStats
+from sharding.data_parallel import gather, keep_all_but_gathered
 from sharding.mesh import Exchange
 from sharding.rules import constrain
 
 Remat = Literal["none", "block", "dots"]
+Module = TypeVar("Module", bound=nnx.Module)
 
 
-class Context(NamedTuple):
-    """What all blocks of one forward pass share."""
+@struct.dataclass
+class Context:
+    """What all blocks of one forward pass share; every array is `[B, T, ...]`."""
 
     rope: tuple[Array, Array]
     mask: Mask
     write_BT: Array | None
     valid_BT: Array
     documents_BT: Array
-    training: bool
-    exchange: Exchange
+    training: bool = struct.field(pytree_node=False)
+    exchange: Exchange = struct.field(pytree_node=False)
 
 
 class BlockOutput(NamedTuple):
@@ -38,7 +41,7 @@ class BlockOutput(NamedTuple):
 
     stored: tuple[Array, ...] | None
     stats: RouterStats | None
-    experts_MC: Array | None
+    experts_BTC: Array | None
 
 
 class Block(nnx.Module):
@@ -63,7 +66,7 @@ class Block(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         context: Context,
         stored: tuple[Array, ...] | None = None,
-        replay_MC: Array | None = None,
+        replay_BTC: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], BlockOutput]:
         normed = self.attention_norm(x_BTD)
         if isinstance(self.attention, GatedDeltaNet):
@@ -73,16 +76,16 @@ class Block(nnx.Module):
         x_BTD = constrain(x_BTD + attended, "batch", "length", "embed")
         normed = self.feed_forward_norm(x_BTD)
         if isinstance(self.feed_forward, MoE):
-            out, stats, experts_MC = self.feed_forward(
+            out, stats, experts_BTC = self.feed_forward(
                 normed,
                 context.valid_BT,
                 training=context.training,
                 exchange=context.exchange,
-                replay_MC=replay_MC,
+                replay_BTC=replay_BTC,
             )
         else:
-            out, stats, experts_MC = self.feed_forward(normed), None, None
-        return constrain(x_BTD + out, "batch", "length", "embed"), BlockOutput(stored, stats, experts_MC)
+            out, stats, experts_BTC = self.feed_forward(normed), None, None
+        return constrain(x_BTD + out, "batch", "length", "embed"), BlockOutput(stored, stats, experts_BTC)
 
 
 class NextTokenBlock(nnx.Module):
@@ -165,12 +168,25 @@ class Stack(nnx.Module):
         return block if self.repeats == 1 else jax.tree.map(lambda leaf: leaf[repeat], block)
 
 
+def gathered(module: Module, dtype: jnp.dtype) -> Module:
+    """A block with whole weights in place of those that `sharding.data_parallel` has cut."""
+
+    def whole(leaf: nnx.Variable) -> nnx.Variable:
+        return leaf.replace(gather(leaf[...], leaf.get_metadata()["axes"], dtype))
+
+    return jax.tree.map(whole, module, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
 def rematerialised(function, remat: Remat):
-    """`function`, keeping for the backward pass all values, none, or the results of matrix products."""
-    if remat == "none":
+    """`function`, keeping for the backward pass all values but gathered weights, none, or matrix products' results."""
+    policies = {
+        "none": keep_all_but_gathered,
+        "block": None,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+    if remat == "none" and not jax.sharding.get_abstract_mesh().manual_axes:
         return function
-    policy = None if remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(function, policy=policy)
+    return jax.checkpoint(function, policy=policies[remat])
 
 
 class Transformer(nnx.Module):

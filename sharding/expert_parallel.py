@@ -4,7 +4,7 @@
                  its experts; the sums go back to where the tokens are (reduce-scatter)
     all_to_all   every pair of token and expert travels to its expert and back, in buffers of one size per expert
 
-Both are exact for any routing. Weights that are cut over `fsdp` are gathered here, once, and their gradients scattered.
+Both are exact for any routing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import shard_map
 from jax.sharding import PartitionSpec as P
 
-from sharding.mesh import BATCH_AXES, Exchange
-from sharding.rules import Table, spec
+from sharding.mesh import AXES, BATCH_AXES, Exchange
+from sharding.rules import Table, spec, without
 
 BUFFER_FACTOR = 1.25
 """Pairs that one source sends to one expert at a time, as a multiple of an even load; what is left goes in a further
@@ -61,45 +61,42 @@ def spread_experts(
 ) -> jax.Array:
     """What `compute` gives, with tokens over the batch's axes of the mesh and experts where `table` puts them.
 
-    Without a mesh, or where tokens or experts do not divide, the compiler lays it out (`gspmd`).
+    Inside `sharding.data_parallel` tokens and experts are this device's already. Elsewhere, where they do not divide
+    or `gspmd` is asked for, the compiler lays it out.
 
     Args:
         axes: logical axes of each of `params`.
         table: where they lie.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    experts = len(next(iter(params.values())))
-    shards = 1 if mesh.empty else mesh.shape["expert"]
-    kind = chosen(exchange, shards, ids_MC.shape[1])
-    divides = (
-        not mesh.empty and len(x_MD) % prod(mesh.shape[axis] for axis in BATCH_AXES) == 0 and experts % shards == 0
-    )
-    if mesh.empty or mesh.size == 1 or mesh.manual_axes or kind == "gspmd" or not divides:
+    if mesh.empty or mesh.size == 1:
         return compute(x_MD, ids_MC, weights_MC, params)
-    rows = P(BATCH_AXES, None)
-    specs = {name: spec(axes[name], table) for name in params}
+    own = set(mesh.manual_axes)
+    left = set(mesh.axis_names) - own
+    shards = mesh.shape["expert"]
+    experts = len(next(iter(params.values()))) * (shards if "expert" in own else 1)
+    kind = chosen(exchange, shards, ids_MC.shape[1])
+    divides = experts % shards == 0 and len(x_MD) % prod(mesh.shape[axis] for axis in BATCH_AXES if axis in left) == 0
+    specs = {name: without(spec(axes[name], table), own) for name in params}
+    # Weights that are still cut over fsdp are for the compiler to gather.
+    if not divides or (not own and (kind == "gspmd" or any("fsdp" in one for one in specs.values()))):
+        return compute(x_MD, ids_MC, weights_MC, params)
+    rows = P() if own else P(BATCH_AXES, None)
 
     def local(x_mD: jax.Array, ids_mC: jax.Array, weights_mC: jax.Array, params: Params) -> jax.Array:
-        whole = {name: _whole(leaf, axes[name], specs[name]) for name, leaf in params.items()}
-        if kind == "ring":
-            y_mD = _ring(x_mD, ids_mC, weights_mC, whole, compute)
+        # Every shard of the width has the whole of a weight that is not cut along it: one of them adds it.
+        first = jax.lax.axis_index("tensor") == 0
+        params = {name: leaf if "mlp" in axes[name] else jnp.where(first, leaf, 0) for name, leaf in params.items()}
+        if kind != "all_to_all":
+            y_mD = _ring(x_mD, ids_mC, weights_mC, params, compute)
         else:
             capacity = -(-int(ids_mC.size / experts * BUFFER_FACTOR + 1) // 8) * 8
-            y_mD = _all_to_all(x_mD, ids_mC, weights_mC, whole, apply, min(capacity, len(x_mD)))
+            y_mD = _all_to_all(x_mD, ids_mC, weights_mC, params, apply, min(capacity, len(x_mD)))
         return jax.lax.psum(y_mD, "tensor")
 
-    return shard_map(local, in_specs=(rows, rows, rows, specs), out_specs=rows, check_vma=False)(
+    return shard_map(local, in_specs=(rows, rows, rows, specs), out_specs=rows, axis_names=left, check_vma=False)(
         x_MD, ids_MC, weights_MC, dict(params)
     )
-
-
-def _whole(leaf: jax.Array, axes: tuple[str | None, ...], own: P) -> jax.Array:
-    """A weight with all that is cut over `fsdp`; the shards over `tensor` stay, and their results are summed."""
-    for dimension, entry in enumerate(own):
-        if entry == "fsdp":
-            leaf = jax.lax.all_gather(leaf, "fsdp", axis=dimension, tiled=True)
-    # Every shard of the width has the whole of a weight that is not cut along it: one of them adds it.
-    return leaf if "mlp" in axes else jnp.where(jax.lax.axis_index("tensor") == 0, leaf, 0)
 
 
 def _ring(x_mD: jax.Array, ids_mC: jax.Array, weights_mC: jax.Array, params: Params, compute: Compute) -> jax.Array:
@@ -135,7 +132,7 @@ def _plan(ids_mC: jax.Array, experts: int, capacity: int) -> Plan:
     sorted_R = jnp.minimum(ids_R[order_R], experts - 1)
     rank_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(len(order_R), dtype=jnp.int32) - first_E[sorted_R])
     # All devices must agree, over the axes of the width and of the batch too: else some wait for ever.
-    rounds = jax.lax.pmax(-(-sizes_E.max() // capacity), (*BATCH_AXES, "tensor"))
+    rounds = jax.lax.pmax(-(-sizes_E.max() // capacity), AXES)
     return Plan(order_R, first_E, sizes_E, rank_R, rounds)
 
 

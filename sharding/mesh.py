@@ -13,14 +13,18 @@ from errors import UserError
 if TYPE_CHECKING:
     import jax
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 """`data`: replicas of the weights; `fsdp`: weights and optimizer cut up, batch too; `expert`: experts
-cut up, batch too; `tensor`: heads, feed-forward width and vocabulary cut up."""
+cut up, batch too; `context`: sequences cut up; `tensor`: heads, feed-forward width and vocabulary cut up."""
 
 Exchange = Literal["auto", "ring", "all_to_all", "gspmd"]
+ContextExchange = Literal["ring", "all_gather"]
 
 BATCH_AXES = ("data", "fsdp", "expert")
 """Mesh axes over which the rows of a batch are spread."""
+
+TOKEN_AXES = (*BATCH_AXES, "context")
+"""Mesh axes over which the tokens of a batch are spread."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +39,27 @@ class MeshConfig:
     """Shards of the experts, each with its part of the batch."""
     tensor: int = 1
     """Shards of heads, feed-forward width and vocabulary."""
+    context: int = 1
+    """Shards of each sequence, for sequences too long for one device."""
     exchange: Exchange = "auto"
     """How tokens meet experts on other devices: gathered around a ring, sent to and fro, or as the compiler does it."""
+    context_exchange: ContextExchange = "ring"
+    """How queries meet keys on other devices: these go around a ring, or are gathered."""
 
     def __post_init__(self) -> None:
-        for axis, size in zip(AXES, self.shape, strict=True):
+        for axis, size in self.sizes.items():
             if size < 1:
                 raise UserError(f"mesh.{axis}={size} must be at least 1")
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Sizes in the order of `AXES`."""
-        return (self.data, self.fsdp, self.expert, self.tensor)
+        return tuple(self.sizes.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of each axis by name, in the order of `AXES`."""
+        return {axis: getattr(self, axis) for axis in AXES}
 
     @property
     def num_devices(self) -> int:
@@ -70,7 +83,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
 
     devices = list(devices or jax.devices())
     if config.num_devices > len(devices):
-        sizes = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, config.shape, strict=True))
+        sizes = " x ".join(f"{axis}={size}" for axis, size in config.sizes.items())
         raise UserError(
             f"the mesh {sizes} needs {config.num_devices} devices and {len(devices)} "
             f"{devices[0].platform} device(s) are here; on a CPU, emulate more with "

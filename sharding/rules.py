@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -30,7 +32,7 @@ DECODE: Table = {**TRAIN, "embed": None}
 
 ACTIVATIONS: Table = {
     "batch": BATCH_AXES,
-    "length": None,
+    "length": "context",
     "embed": None,
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -57,11 +59,50 @@ def spec(axes: Sequence[str | None], table: Table) -> P:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` laid out on the mesh in force as ACTIVATIONS says; `x` itself where there is none, or inside `shard_map`."""
+    """`x` laid out on the mesh in force as ACTIVATIONS says, along those axes that the compiler has to do with."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+    if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes, ACTIVATIONS))
+    left = without(spec(axes, ACTIVATIONS), mesh.manual_axes)
+    return jax.lax.with_sharding_constraint(x, left) if any(left) or not mesh.manual_axes else x
+
+
+def without(partition: P, axes: Iterable[str]) -> P:
+    """`partition` with these mesh axes left out."""
+    gone = set(axes)
+
+    def kept(entry: Any) -> Any:
+        names = [name for name in ((entry,) if isinstance(entry, str) else entry or ()) if name not in gone]
+        return tuple(names) if len(names) > 1 else names[0] if names else None
+
+    return P(*(kept(entry) for entry in partition))
+
+
+def on_own_parts(
+    function: Callable[..., jax.Array],
+    args: Sequence[jax.Array | None],
+    axes: Sequence[tuple[str | None, ...]],
+    out: tuple[str | None, ...],
+) -> jax.Array | None:
+    """`function(*args)` on each device's parts, as ACTIVATIONS cuts them: for kernels, which the compiler cannot cut.
+
+    Args:
+        axes: the logical axes of each argument. out: of the result.
+
+    Returns:
+        None where an argument does not divide over the mesh in force.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    left = set(mesh.axis_names) - set(mesh.manual_axes)
+    if mesh.empty or not left:
+        return function(*args)
+    specs = [without(spec(own, ACTIVATIONS), mesh.manual_axes) for own in axes]
+    for arg, partition in zip(args, specs, strict=True):
+        for size, entry in zip(() if arg is None else arg.shape, partition, strict=False):
+            if size % prod(mesh.shape[name] for name in ((entry,) if isinstance(entry, str) else entry or ())):
+                return None
+    result = without(spec(out, ACTIVATIONS), mesh.manual_axes)
+    return jax.shard_map(function, in_specs=tuple(specs), out_specs=result, axis_names=left, check_vma=False)(*args)
 
 
 def array_sharding(axes: Sequence[str | None], ndim: int, mesh: jax.sharding.Mesh, table: Table) -> NamedSharding:
@@ -69,6 +110,6 @@ def array_sharding(axes: Sequence[str | None], ndim: int, mesh: jax.sharding.Mes
     return NamedSharding(mesh, spec(("layers",) * (ndim - len(axes)) + tuple(axes), table))
 
 
-def batch_sharding(mesh: jax.sharding.Mesh, ndim: int = 2) -> NamedSharding:
-    """How a `[B, ...]` array of a batch is laid out."""
-    return NamedSharding(mesh, P(BATCH_AXES, *(None,) * (ndim - 1)))
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """How a `[B, T]` array of a batch is laid out."""
+    return NamedSharding(mesh, P(BATCH_AXES, "context"))

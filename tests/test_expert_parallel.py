@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from model.experts import Activation, Experts, on_own_rows, reference, run_experts
+from sharding.data_parallel import divides, gather, on_own_tokens
 from sharding.expert_parallel import chosen, spread_experts
 from sharding.mesh import MeshConfig, make_mesh
 from sharding.rules import DECODE, TRAIN, spec
@@ -49,18 +50,32 @@ def inputs(routing: str, biased: bool) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def exchanged(exchange, x_MD, ids_MC, weights_MC, params, kind: Activation = "swiglu", training=True):
-    """The experts of `params` on the mesh in force."""
-    return spread_experts(
-        x_MD,
-        jnp.asarray(ids_MC),
-        weights_MC,
-        params,
-        axes={name: AXES[name] for name in params},
-        table=TRAIN if training else DECODE,
-        exchange=exchange,
-        compute=lambda x, i, w, p: run_experts(x, i, w, Experts(**p), training=training, activation=kind),
-        apply=lambda rows, p: on_own_rows(rows, Experts(**p), kind),
-    )
+    """The experts of `params` on the mesh in force; while training on each device's own tokens."""
+    names = list(params)
+
+    def run(x_MD, ids_MC, weights_MC, params):
+        return spread_experts(
+            x_MD,
+            ids_MC,
+            weights_MC,
+            params,
+            axes={name: AXES[name] for name in names},
+            table=TRAIN if training else DECODE,
+            exchange=exchange,
+            compute=lambda x, i, w, p: run_experts(x, i, w, Experts(**p), training=training, activation=kind),
+            apply=lambda rows, p: on_own_rows(rows, Experts(**p), kind),
+        )
+
+    def local(leaves, tokens):
+        whole = [gather(leaf, AXES[name], leaf.dtype) for name, leaf in zip(names, leaves, strict=True)]
+        return run(*(a[:, 0] for a in tokens), dict(zip(names, whole, strict=True)))[:, None], ()
+
+    tokens = (x_MD, jnp.asarray(ids_MC), weights_MC)
+    if not training or not divides((len(x_MD), 1)):
+        return run(*tokens, params)
+    return on_own_tokens(local, list(params.values()), [AXES[name] for name in names], [a[:, None] for a in tokens])[0][
+        :, 0
+    ]
 
 
 def loss(function, dy_MD, x_MD, weights_MC, params):

@@ -417,8 +417,8 @@ def test_recomputing_changes_nothing():
 @pytest.mark.parametrize("stacked", [False, True])
 def test_replaying_a_models_own_choices_changes_no_bit(stacked: bool):
     free = FORWARD(made(stacked), batch())
-    assert_same(free, FORWARD(made(stacked), batch(), replay=free.experts_LMC), 0)
-    other = FORWARD(made(stacked), batch(), replay=(free.experts_LMC + 1) % 6)
+    assert_same(free, FORWARD(made(stacked), batch(), replay=free.experts_LBTC), 0)
+    other = FORWARD(made(stacked), batch(), replay=(free.experts_LBTC + 1) % 6)
     assert np.abs(other.hidden_BTD - free.hidden_BTD)[np.asarray(batch().segments_BT) > 0].max() > 1e-3
 
 
@@ -427,6 +427,6 @@ def test_what_padding_holds_does_not_matter():
     other = replace(batch(), tokens_BT=jnp.where(real_BT, batch().tokens_BT, 63))
     one, two = FORWARD(made(False), batch()), FORWARD(made(False), other)
     assert (one.hidden_BTD == two.hidden_BTD)[real_BT].all()
-    assert_same((one.stats, one.experts_LMC), (two.stats, two.experts_LMC), 0)
+    assert_same((one.stats, one.experts_LBTC), (two.stats, two.experts_LBTC), 0)
     assert one.stats is not None
     assert (one.stats.counts_E.sum(-1) == 2 * real_BT.sum()).all()

@@ -213,12 +213,12 @@ def test_padding_is_never_routed_or_counted(documents: list[np.ndarray]) -> None
     moe, batch = model.config.moe, rows_of(*[[document] for document in documents])
     output = jax.jit(forward)(model, batch)
     assert output.stats is not None
-    assert output.experts_LMC is not None
+    assert output.experts_LBTC is not None
     np.testing.assert_array_equal(output.stats.counts_E.sum(-1), sum(LENGTHS) * moe.experts_per_token)
     np.testing.assert_allclose(output.stats.scores_E.sum(-1), sum(LENGTHS), rtol=1e-5)
-    padding = np.asarray(batch.segments_BT).reshape(-1) == 0
-    assert np.all(np.asarray(output.experts_LMC)[:, padding] == moe.num_experts)
-    assert np.all(np.asarray(output.experts_LMC)[:, ~padding] < moe.num_experts)
+    padding = np.asarray(batch.segments_BT) == 0
+    assert np.all(np.asarray(output.experts_LBTC)[:, padding] == moe.num_experts)
+    assert np.all(np.asarray(output.experts_LBTC)[:, ~padding] < moe.num_experts)
 
 
 @pytest.mark.parametrize("name", [NAMES[1], RICHEST, *NAMES[-3:]])

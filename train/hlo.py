@@ -97,7 +97,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             current = header[2]
             found[current] = []
             entry = current if header[1] else entry
-        elif line.startswith("}"):
+        elif line == "}":  # what kernels say of themselves may go over several lines
             current = ""
         elif current:
             found[current].append(line)

@@ -15,11 +15,17 @@ from configs.run import LossConfig
 from model.forward import Batch, forward, predict_further
 from model.moe import RouterStats
 from model.transformer import Transformer
+from sharding.mesh import platform
 from sharding.rules import constrain
+from sharding.vocabulary import on_own_logits, over_vocabulary, vocabulary_start
 
 SHIFTED = "targets", "weights", "segments"
 SMALL_CHUNK, LARGE_CHUNK = 2**24, 2**26
-"""Logits (elements per device) that are worth holding at once; and the most that are ever held."""
+"""Logits (elements per device) that are worth holding at once; and the most that are ever held on a CPU.
+
+An accelerator holds four times as many: each chunk reads and writes the gradient of the whole head, and there that
+would take as long as the products.
+"""
 
 
 @struct.dataclass
@@ -55,8 +61,10 @@ def no_parts(model: Transformer) -> Parts:
 
 def chunk_length(batch: int, length: int, vocab: int) -> int:
     """Positions per chunk: a divisor of `length` that keeps a chunk's logits small, a sixteenth of all if large."""
-    devices = max(1, jax.sharding.get_abstract_mesh().size)
-    wanted = min(max(SMALL_CHUNK, batch * length * vocab // devices // 16), LARGE_CHUNK) * devices
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.manual_axes else max(1, mesh.size)
+    share, largest = (16, LARGE_CHUNK) if platform() == "cpu" else (4, 4 * LARGE_CHUNK)
+    wanted = min(max(SMALL_CHUNK, batch * length * vocab // devices // share), largest) * devices
     most = max(1, wanted // (batch * vocab))
     return max(size for size in range(1, min(most, length) + 1) if length % size == 0)
 
@@ -86,8 +94,17 @@ def _differentiable(
 
 def _cross_entropy(
     hidden_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array, z_weight: float, *, gradients: bool
-) -> tuple[tuple[Array, Array, Array], tuple[Any, Any]]:
+) -> tuple[tuple[Array, Array, Array], Any]:
     """The sums and, with `gradients`, the gradients of the first by hidden state and head."""
+    return on_own_logits(
+        partial(_own_cross_entropy, z_weight=z_weight, gradients=gradients), hidden_BTD, head_DV, targets_BT, weights_BT
+    )
+
+
+def _own_cross_entropy(
+    hidden_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array, *, z_weight: float, gradients: bool
+) -> tuple[tuple[Array, Array, Array], tuple[Any, Any] | None]:
+    """`_cross_entropy` of one device's tokens, with its part of the vocabulary."""
     batch, length, width = hidden_BTD.shape
     vocab = head_DV.shape[1]
     size = chunk_length(batch, length, vocab)
@@ -99,12 +116,12 @@ def _cross_entropy(
         x_BtD, targets_Bt, weights_Bt = inputs
         logits = jnp.matmul(x_BtD, head_DV, preferred_element_type=jnp.float32)
         logits = constrain(logits, "batch", "length", "vocab")
-        top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+        top = over_vocabulary(jax.lax.pmax, logits.max(-1, keepdims=True))
         exponentials = jnp.exp(logits - top)
-        total = exponentials.sum(-1, keepdims=True)
+        total = over_vocabulary(jax.lax.psum, exponentials.sum(-1, keepdims=True))
         log_z = (jnp.log(total) + top)[..., 0]
-        is_target = jnp.arange(vocab) == targets_Bt[..., None]
-        picked = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+        is_target = vocabulary_start(vocab) + jnp.arange(vocab) == targets_Bt[..., None]
+        picked = over_vocabulary(jax.lax.psum, jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1))
         nll += jnp.sum(weights_Bt * (log_z - picked))
         z += jnp.sum(weights_Bt * jnp.square(log_z))
         if not gradients:
@@ -124,14 +141,16 @@ def _cross_entropy(
         (nll, z, d_head), d_hidden = jax.lax.scan(chunk, carry, split)
         if gradients:
             d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden_BTD.shape)
-    return (nll + z_weight * z, nll, z), (d_hidden, d_head)
+    return (nll + z_weight * z, nll, z), (d_hidden, d_head) if gradients else None
 
 
 def add_product(total_DV: Array, x_BtD: Array, y_BtV: Array) -> Array:
     """`total + x^T y`, a part of the rows at a time where the product would be large beside the chunk it is made of."""
     width, vocab = total_DV.shape
     rows = max(128, width // 8)
-    if width % rows or y_BtV.size > (width - rows) * vocab or jax.sharding.get_abstract_mesh().size > 1:
+    mesh = jax.sharding.get_abstract_mesh()
+    whole = platform() != "cpu" or (mesh.size > 1 and not mesh.manual_axes)
+    if whole or width % rows or y_BtV.size > (width - rows) * vocab:
         return total_DV + jnp.einsum("btd,btv->dv", x_BtD, y_BtV, preferred_element_type=jnp.float32)
 
     def part(index: Array, total_DV: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +11,6 @@ from typing import Any
 from configs.override import apply_overrides, load_config
 from configs.run import Run
 from errors import UserError
-from sharding.mesh import AXES, MeshConfig
 from sharding.topology import Chip, absent_devices, find_chip
 from terminal import Parser, human_bytes, print_table, write_json
 
@@ -62,7 +62,7 @@ def plan(run: Run, devices: Sequence[Any], chip: Chip, tokens: float = 0.0) -> d
     if run.init_model == "source" or not run.model.vocab_size:
         raise UserError("the config leaves sizes to its tokenizer or source; give model.vocab_size and the sizes")
     if run.mesh.num_devices != len(devices):
-        sizes = " x ".join(f"{name}={size}" for name, size in mesh_sizes(run.mesh).items())
+        sizes = " x ".join(f"{name}={size}" for name, size in run.mesh.sizes.items())
         raise UserError(f"the mesh {sizes} is of {run.mesh.num_devices} devices and the topology has {len(devices)}")
     run = replace(
         run,
@@ -75,7 +75,7 @@ def plan(run: Run, devices: Sequence[Any], chip: Chip, tokens: float = 0.0) -> d
         "parameters_total": run.model.parameters_total,
         "parameters_active": run.model.parameters_active,
         "devices": len(devices),
-        "mesh": mesh_sizes(run.mesh),
+        "mesh": run.mesh.sizes,
         "tokens_per_step": run.data.batch_size * run.data.sequence_length,
         "state_bytes_per_device": state_bytes,
         "limit_bytes_per_device": int(chip.limit),
@@ -90,11 +90,6 @@ def plan(run: Run, devices: Sequence[Any], chip: Chip, tokens: float = 0.0) -> d
     found["temporary_bytes_per_device"] = memory.temp_size_in_bytes
     found["fits"] = found["peak_bytes_per_device"] <= chip.limit
     return found | step_time(run, chip, compiled.as_text(), tokens)
-
-
-def mesh_sizes(mesh: MeshConfig) -> dict[str, int]:
-    """Size of each axis by name."""
-    return dict(zip(AXES, mesh.shape, strict=True))
 
 
 def lower(run: Run, devices: Sequence[Any]) -> tuple[Any, int]:
@@ -129,8 +124,6 @@ def refused(exc: Exception) -> dict[str, Any]:
     words = " ".join(str(exc).split())
     if "RESOURCE_EXHAUSTED" not in words and "Oom" not in words:
         raise exc
-    import re
-
     used = re.search(r"Used ([\d.]+)([KMGT]) of", words)
     peak = float(used[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[used[2]] if used else None
     return {"fits": False, "peak_bytes_per_device": peak, "refusal": words[:2000], "collectives": []}
@@ -144,7 +137,7 @@ def step_time(run: Run, chip: Chip, text: str, tokens: float) -> dict[str, Any]:
     """
     from train.hlo import read_program
 
-    program = read_program(text, mesh_sizes(run.mesh))
+    program = read_program(text, run.mesh.sizes)
     per_step = run.data.batch_size * run.data.sequence_length
     needed = 3 * per_step * run.model.flops_per_token(run.data.sequence_length / 2) / run.mesh.num_devices
     moe = run.model.moe

@@ -1,0 +1,31 @@
+"""A model of the shape of Qwen3-Max, of a trillion parameters, trained from nothing on 2,048 chips of v5p.
+
+./run.sh plan configs/qwen3_max_1t.py --topology v5p:8x16x16
+"""
+
+from configs.run import DataConfig, OptimizerConfig, Run
+from model.config import ModelConfig, MoEConfig, RopeConfig
+from sharding.mesh import MeshConfig
+
+
+def run() -> Run:
+    """4,096 tokens on each chip."""
+    return Run(
+        model=ModelConfig(
+            vocab_size=155_648,
+            hidden_size=8192,
+            num_layers=64,
+            num_heads=64,
+            num_kv_heads=8,
+            head_dim=128,
+            moe=MoEConfig(num_experts=256, experts_per_token=8, intermediate_size=2560),
+            rope=RopeConfig(theta=1e6),
+            max_positions=262_144,
+        ),
+        data=DataConfig(sources=("data/*.jsonl.zst",), tokenizer="tokenizer", sequence_length=4096, batch_size=2048),
+        optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=2000),
+        mesh=MeshConfig(fsdp=64, expert=32),
+        remat="block",
+        layers="stacked",
+        steps=100_000,
+    )

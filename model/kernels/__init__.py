@@ -1,0 +1,1 @@
+"""Fused operations, each behind one function beside its plain twin."""

@@ -1,0 +1,83 @@
+"""Layers where each device works on its own tokens (fully sharded data parallelism), under `shard_map`.
+
+Weights arrive as they are stored, cut over `fsdp`, and are gathered layer by layer; their gradients are scattered the
+same way. What a gradient sums over other axes is summed once, after the last layer, and not in every one: so no layer
+waits for all devices. `tensor` stays with the compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import shard_map
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from sharding.mesh import BATCH_AXES, TOKEN_AXES
+from sharding.rules import TRAIN, spec, without
+
+GATHERED = "gathered"
+"""Name of gathered weights, for `keep_all_but_gathered`."""
+
+TOKENS = P(BATCH_AXES, "context")
+"""How a `[B, T, ...]` array is cut."""
+
+
+def divides(tokens: tuple[int, int]) -> bool:
+    """Whether a batch of `[B, T]` tokens can be cut over the mesh in force."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return False
+    rows = prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return tokens[0] % rows == 0 and tokens[1] % mesh.shape["context"] == 0
+
+
+def on_own_tokens(
+    function: Callable[[list[Any], Any], tuple[Any, Any]],
+    weights: list[jax.Array],
+    axes: Sequence[tuple[str | None, ...]],
+    tokens: Any,
+) -> tuple[Any, Any]:
+    """`function(weights, tokens)` on each device's part of `tokens`.
+
+    Args:
+        function: gives arrays `[B, T, ...]`, and sums over tokens, which are added over the devices.
+        weights: as TRAIN lays them out; `function` gathers them with `gather`.
+        axes: the logical axes of each; one more dimension in front is of layers.
+        tokens: any tree of `[B, T, ...]` arrays.
+    """
+    cut = [
+        without(spec(("layers",) * (leaf.ndim - len(own)) + tuple(own), TRAIN), ["tensor"])
+        for leaf, own in zip(weights, axes, strict=True)
+    ]
+
+    def local(weights: list[Any], tokens: Any) -> tuple[Any, Any]:
+        arrays, sums = function(weights, tokens)
+        return arrays, jax.tree.map(lambda a: a[None], sums)
+
+    arrays, sums = shard_map(
+        local, in_specs=(cut, TOKENS), out_specs=(TOKENS, P(TOKEN_AXES)), axis_names=set(TOKEN_AXES), check_vma=False
+    )(weights, tokens)
+    return arrays, jax.tree.map(lambda a: a.sum(0), sums)
+
+
+def gather(leaf: jax.Array, axes: tuple[str | None, ...], dtype: jnp.dtype) -> jax.Array:
+    """A weight whole along what is cut over `fsdp`, in `dtype`; itself if nothing is, or outside `on_own_tokens`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    partition = spec(axes, TRAIN)
+    if "fsdp" not in mesh.manual_axes or "fsdp" not in partition:
+        return leaf
+    leaf = leaf.astype(dtype)
+    if mesh.shape["fsdp"] > 1:
+        leaf = jax.lax.all_gather(leaf, "fsdp", axis=partition.index("fsdp"), tiled=True)
+    return checkpoint_name(leaf, GATHERED)
+
+
+def keep_all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
+    """A policy of `jax.checkpoint`: a backward pass gathers weights again rather than keep all of them."""
+    gathers = primitive.name == "all_gather" and params["axis_name"] in ("fsdp", ("fsdp",))
+    return not gathers and params.get("name") != GATHERED
