@@ -12,12 +12,11 @@ from jaxtyping import Array, Float, Int
 
 from model import cache as kv
 from model.config import ModelConfig
+from model.flash import MASKED, over_context
 from model.layers import Keys, RMSNorm, merge_heads, rotate, weight
-from sharding.mesh import platform
+from sharding.context_parallel import context_shards
+from sharding.mesh import ContextExchange, platform
 from sharding.rules import constrain, on_own_parts
-
-MASKED = -1e30
-"""Score of a key that may not be seen; finite, so that a row without any key gives no NaN."""
 
 QUERY_BLOCK = 512
 """Queries attended at a time: scores of longer sequences are never all in memory."""
@@ -102,12 +101,14 @@ class Mask:
     """What each query may see, made for a block of queries at a time so that no `[T, S]` array is kept.
 
     index_BT: place of each query. segments_BT: documents; with them the keys are those of the batch itself
-    (`within_batch`), at `index` 0, 1, ...; without, those of a cache. keys: how many.
+    (`within_batch`), at `index` 0, 1, ...; without, those of a cache. keys: how many. exchange: how they are met where
+    they lie on other devices.
     """
 
     index_BT: Int[Array, "B T"]
     segments_BT: Int[Array, "B T"] | None
     keys: int = struct.field(pytree_node=False)
+    exchange: ContextExchange = struct.field(pytree_node=False, default="ring")
 
     @property
     def within_batch(self) -> bool:
@@ -156,8 +157,10 @@ def attend_in_blocks(
 ) -> Float[Array, "B T N I"]:
     """`attend` over sections of queries; in long ones block by block, recomputed in the backward pass.
 
-    For TPUs a kernel does it, where it can.
+    For TPUs a kernel does it, where it can; of sequences that are cut over devices each does its part.
     """
+    if mask.segments_BT is not None and context_shards() > 1:
+        return of_cut_sequences(q_BTNH, k_BKSH, v_BKSI, mask.segments_BT, mask.exchange, scale, window, sinks_N)
     if platform() == "tpu" and mask.segments_BT is not None:
         found = by_kernel(q_BTNH, k_BKSH, v_BKSI, mask.segments_BT, scale, window, sinks_N)
         if found is not None:
@@ -177,6 +180,25 @@ def attend_in_blocks(
             out = jax.lax.map(jax.checkpoint(block), jnp.arange(start, start + size, rows))
             parts.append(jnp.moveaxis(out, 0, 1).reshape(q_BTNH.shape[0], size, *out.shape[3:]))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def of_cut_sequences(
+    q_BTNH: Array,
+    k_BKSH: Array,
+    v_BKSI: Array,
+    segments_BT: Array,
+    exchange: ContextExchange,
+    scale: float,
+    window: int | None,
+    sinks_N: Array | None,
+) -> Array:
+    """`attend_in_blocks` of a batch to itself where each device has a part of every sequence."""
+    batch, queries, heads, _ = q_BTNH.shape
+    kv_heads = k_BKSH.shape[1]
+    q_BKGTH = (q_BTNH * scale).reshape(batch, queries, kv_heads, heads // kv_heads, -1).transpose(0, 2, 3, 1, 4)
+    sinks_KG = None if sinks_N is None else sinks_N.reshape(kv_heads, -1)
+    out_BKGTI = over_context(q_BKGTH, k_BKSH, v_BKSI, segments_BT, sinks_KG, window, exchange)
+    return out_BKGTI.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, -1)
 
 
 def by_kernel(

@@ -9,36 +9,22 @@ blocks of one expert's rows for everything else.
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from model.expert_weights import Activation, Experts, activate, expert_at, hidden_of, on_own_rows, plus
+from model.ragged_experts import ragged
 from sharding.mesh import platform
 from sharding.rules import constrain
-
-Activation = Literal["swiglu", "clamped"]
 
 BUFFER_FACTOR = 1.25
 """Rows in an expert's buffer, as a multiple of an even load; what does not fit goes through blocks."""
 
-CLAMP = 7.0
-"""Largest gate, and largest magnitude of up, of the clamped activation."""
-
 OVERFLOW_BLOCK = 128
 """Rows of one expert computed at a time when its buffer overflows."""
-
-
-class Experts(NamedTuple):
-    """Weights of one layer's experts: `gate` and `up` `[E, D, F]`, `down` `[E, F, D]`, and biases where it has them."""
-
-    gate_EDF: Float[Array, "E D F"]
-    up_EDF: Float[Array, "E D F"]
-    down_EFD: Float[Array, "E F D"]
-    gate_bias_EF: Float[Array, "E F"] | None = None
-    up_bias_EF: Float[Array, "E F"] | None = None
-    down_bias_ED: Float[Array, "E D"] | None = None
 
 
 def run_experts(
@@ -49,23 +35,32 @@ def run_experts(
     *,
     training: bool,
     activation: Activation = "swiglu",
+    shards: int = 1,
 ) -> Float[Array, "M D"]:
     """`sum_c weights[m, c] * expert[ids[m, c]](x[m])`; an id of E means nothing.
+
+    With `shards` about one pair in so many is for these experts.
 
     While decoding the path depends on shapes alone, never on what other rows hold, so that the bits of a
     row do not depend on its company.
     """
     tokens, experts = x_MD.shape[0], params.gate_EDF.shape[0]
-    pairs = ids_MC.size
+    pairs = ids_MC.size // shards
     mesh = jax.sharding.get_abstract_mesh()
     if platform() != "cpu" and (mesh.size <= 1 or mesh.manual_axes):
-        return ragged(x_MD, ids_MC, weights_MC, params, activation)
+        capacity = ids_MC.size if shards == 1 else rounded(pairs * BUFFER_FACTOR, 512)
+        return ragged(x_MD, ids_MC, weights_MC, params, min(capacity, ids_MC.size), activation)
     if training:
-        capacity = min(tokens, -(-int(pairs / experts * BUFFER_FACTOR) // 8) * 8)
+        capacity = min(tokens, rounded(pairs / experts * BUFFER_FACTOR, 8))
         return grouped(x_MD, ids_MC, weights_MC, params, capacity, OVERFLOW_BLOCK, activation)
     if tokens == 1:
         return per_pair(x_MD, ids_MC, weights_MC, params, activation)
     return grouped(x_MD, ids_MC, weights_MC, params, 0, decode_block(pairs, experts), activation)
+
+
+def rounded(size: float, multiple: int) -> int:
+    """The next multiple."""
+    return -(-int(size) // multiple) * multiple
 
 
 def decode_block(pairs: int, experts: int) -> int:
@@ -77,34 +72,6 @@ def decode_block(pairs: int, experts: int) -> int:
     return min(-(-int(even + 2 * even**0.5) // 16) * 16, 160)
 
 
-def activate(gate: Array, up: Array, kind: Activation) -> Array:
-    """`silu(gate) * up`; clamped, as gpt-oss does it: `(up + 1) * gate * sigmoid(1.702 gate)` within +-7."""
-    if kind == "swiglu":
-        return jax.nn.silu(gate) * up
-    gate, up = jnp.minimum(gate, CLAMP), jnp.clip(up, -CLAMP, CLAMP)
-    return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
-
-
-def plus(x: Array, bias: Array | None) -> Array:
-    """`x` with a bias, if there is one, added to every row."""
-    return x if bias is None else x + bias[..., None, :]
-
-
-def hidden_of(rows: Array, params: Experts) -> tuple[Array, Array]:
-    """Gate and up of rows `[..., rows, D]` that belong to the experts of `params`, one each along the first axis."""
-    return plus(rows @ params.gate_EDF, params.gate_bias_EF), plus(rows @ params.up_EDF, params.up_bias_EF)
-
-
-def on_own_rows(rows: Array, params: Experts, activation: Activation) -> Array:
-    """Each expert of `params` on its own rows, `[..., rows, D]`."""
-    return plus(activate(*hidden_of(rows, params), activation) @ params.down_EFD, params.down_bias_ED)
-
-
-def expert_at(params: Experts, index: Array) -> Experts:
-    """The weights of one expert, as slices."""
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), params)
-
-
 def reference(
     x_MD: Array, ids_MC: Array, weights_MC: Array, params: Experts, activation: Activation = "swiglu"
 ) -> Array:
@@ -113,30 +80,6 @@ def reference(
     chosen_MCE = jax.nn.one_hot(ids_MC, experts, dtype=x_MD.dtype)
     share_EM = jnp.einsum("mc,mce->em", weights_MC, chosen_MCE)
     return jnp.einsum("emd,em->md", on_own_rows(x_MD[None], params, activation), share_EM)
-
-
-def ragged(x_MD: Array, ids_MC: Array, weights_MC: Array, params: Experts, activation: Activation = "swiglu") -> Array:
-    """Sort pairs by expert, one grouped matrix product per weight, and back (TPU and GPU)."""
-    choices, experts = ids_MC.shape[1], params.gate_EDF.shape[0]
-    order_R = jnp.argsort(ids_MC.reshape(-1), stable=True)
-    sizes_E = jnp.bincount(ids_MC.reshape(-1), length=experts)
-    real_R1 = (jnp.arange(ids_MC.size) < sizes_E.sum())[:, None]
-    expert_R = jnp.minimum(ids_MC.reshape(-1)[order_R], experts - 1)
-
-    def product(rows_RX: Array, weight: Array, bias: Array | None) -> Array:
-        # Products of bfloat16 are exact as they are; the TPU's kernel refuses to be asked for more.
-        exact = None if rows_RX.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-        out_RY = jax.lax.ragged_dot(rows_RX, weight, sizes_E, precision=exact)
-        return out_RY if bias is None else out_RY + bias[expert_R]
-
-    # Rows past the last group are undefined in the kernels, so both ends are cleared.
-    rows_RD = jnp.where(real_R1, x_MD[order_R // choices], 0)
-    gate_RF = product(rows_RD, params.gate_EDF, params.gate_bias_EF)
-    up_RF = product(rows_RD, params.up_EDF, params.up_bias_EF)
-    out_RD = product(activate(gate_RF, up_RF, activation), params.down_EFD, params.down_bias_ED)
-    out_RD = jnp.where(real_R1, out_RD, 0)
-    back_RD = out_RD[jnp.argsort(order_R)].reshape(*ids_MC.shape, -1)
-    return jnp.einsum("mcd,mc->md", back_RD, weights_MC)
 
 
 def per_pair(

@@ -126,7 +126,7 @@ def make_context(model: Transformer, batch: Batch, cache: Cache | None) -> Conte
     if write_BT is None or cache is None or cache.empty:
         length = batch.tokens_BT.shape[1]
         index_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), batch.tokens_BT.shape)
-        mask = Mask(index_BT, batch.segments_BT, length)
+        mask = Mask(index_BT, batch.segments_BT, length, model.context_exchange)
         before_BT = jnp.pad(batch.segments_BT, ((0, 0), (1, 0)))[:, :-1]
         begins_BT = valid_BT & (batch.segments_BT != before_BT)
         documents_BT = jnp.cumsum(begins_BT, axis=1, dtype=jnp.int32)

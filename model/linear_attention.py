@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
 from model.layers import Keys, RMSNorm, merge_heads, weight
+from sharding.context_parallel import context_shards, from_previous, incoming_state
 from sharding.rules import constrain
 
 CHUNK = 64
@@ -36,8 +37,8 @@ def chunked(
 ) -> tuple[Float[Array, "B T N I"], Float[Array, "B N H I"]]:
     """Outputs and the memory after the last token; float32.
 
-    The memory that comes in belongs to document 0. `documents` never decrease along a row; a token sees those
-    of its own document alone. A token with `g = beta = 0` leaves the memory as it is.
+    The memory that comes in belongs to document 0; where sequences are cut over devices it is that of the device before,
+    and `state` is not looked at. `documents` never decrease along a row; a token sees those of its own document alone. A token with `g = beta = 0` leaves the memory as it is.
 
     Within a chunk the writes depend on each other; in matrix form they solve a unit lower triangular system
     (arXiv 2406.06484, section 3.2, with the decay of 2412.06464, section 3.3).
@@ -58,7 +59,9 @@ def chunked(
     q, k, v = split(q_BTKH), split(k_BTKH), split(v_BTNI)
     g, beta = split(g_BTN), split(beta_BTN)
     documents = jnp.pad(documents_BT, ((0, 0), (0, padding)), mode="edge").reshape(batch, count, size).swapaxes(0, 1)
-    before = jnp.concatenate([jnp.zeros((1, batch), documents.dtype), documents[:-1, :, -1]])
+    cut = context_shards() > 1
+    first = from_previous(documents_BT[:, -1:]) if cut else jnp.zeros((batch, 1), documents.dtype)
+    before = jnp.concatenate([first[None, :, 0], documents[:-1, :, -1]])
     continues = (documents == before[..., None])[:, :, None]  # [chunks, B, 1, size]: sees the memory that comes in
     lasts = (documents == documents[..., -1:])[:, :, None]  # is still in the memory that goes out
 
@@ -89,9 +92,26 @@ def chunked(
         out = q_state @ state + qk @ new
         return state * kept + jnp.swapaxes(k_end, -1, -2) @ new, out
 
+    if cut:
+        state_BNHI = incoming_state(*_summary(writes, reads, k_end, kept))
     state_BNHI, out = jax.lax.scan(step, state_BNHI, (writes, reads, qk, q_state, k_end, kept))
     out = jnp.moveaxis(out, (0, 2), (1, 3)).reshape(batch, count * size, heads, -1)
     return out[:, :length], state_BNHI
+
+
+def _summary(writes: Array, reads: Array, k_end: Array, kept: Array) -> tuple[Array, Array]:
+    """What the chunks of `chunked` make of any memory S: `transition @ S + update`, `[B, N, H, H]` and `[B, N, H, I]`."""
+    batch, heads, _, width = k_end.shape[1:]
+
+    def step(carry: tuple[Array, Array], inputs: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
+        (transition, update), (writes, reads, k_end, kept) = carry, inputs
+        k_end = jnp.swapaxes(k_end, -1, -2)
+        update = update * kept + k_end @ (writes - reads @ update)
+        return (transition * kept - k_end @ (reads @ transition), update), None
+
+    identity = jnp.broadcast_to(jnp.eye(width, dtype=k_end.dtype), (batch, heads, width, width))
+    nothing = jnp.zeros((batch, heads, width, writes.shape[-1]), writes.dtype)
+    return jax.lax.scan(step, (identity, nothing), (writes, reads, k_end, kept))[0]
 
 
 @jax.custom_vjp
@@ -174,13 +194,17 @@ def causal_convolution(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T+W-1 N H"]]:
     """SiLU of the weighted sum of each channel's last W positions in its document; and the inputs it ran over.
 
-    What is `stored` came before, in document 0; without it there is nothing.
+    What is `stored` came before, in document 0; without it there is nothing, or what the device before has.
     """
     batch, taps = len(documents_BT), weight_WNH.shape[0]
-    if stored_BWNH is None:
+    documents_BL = jnp.pad(documents_BT, ((0, 0), (taps - 1, 0)))
+    if stored_BWNH is None and context_shards() > 1:
+        stored_BWNH, before = (from_previous(a[:, a.shape[1] - taps + 1 :]) for a in (x_BTNH, documents_BT))
+        documents_BL = jnp.concatenate([before, documents_BT], axis=1)
+    elif stored_BWNH is None:
         stored_BWNH = jnp.zeros((batch, taps - 1, *x_BTNH.shape[2:]), x_BTNH.dtype)
     inputs = jnp.concatenate([stored_BWNH.astype(x_BTNH.dtype), x_BTNH], axis=1)
-    return convolve(inputs, weight_WNH, jnp.pad(documents_BT, ((0, 0), (taps - 1, 0)))), inputs
+    return convolve(inputs, weight_WNH, documents_BL), inputs
 
 
 @jax.custom_vjp

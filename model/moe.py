@@ -8,7 +8,8 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig, MoEConfig
-from model.experts import Experts, on_own_rows, run_experts
+from model.expert_weights import Experts, on_own_rows
+from model.experts import run_experts
 from model.layers import FeedForward, Keys, weight
 from sharding.expert_parallel import spread_experts
 from sharding.mesh import Exchange
@@ -137,10 +138,10 @@ class MoE(nnx.Module):
                 axes={name: leaf.get_metadata()["axes"] for name, leaf in leaves.items()},
                 table=TRAIN if training else DECODE,
                 exchange=exchange,
-                compute=lambda x, ids, weights, params: run_experts(
-                    x, ids, weights, Experts(**params), training=training, activation=kind
+                compute=lambda x, ids, weights, params, shards: run_experts(
+                    x, ids, weights, Experts(**params), training=training, activation=kind, shards=shards
                 ),
-                apply=lambda rows, params: on_own_rows(rows, Experts(**params), kind),
+                apply=lambda rows, share, params: on_own_rows(rows, Experts(**params), kind, share),
             )
         y_BTD = constrain(y_MD.reshape(shape), "batch", "length", "embed")
         if self.shared is not None:

@@ -16,7 +16,7 @@ from model.layers import FeedForward, Keys, RMSNorm, weight
 from model.linear_attention import GatedDeltaNet
 from model.moe import MoE, RouterStats
 from sharding.data_parallel import gather, keep_all_but_gathered
-from sharding.mesh import Exchange
+from sharding.mesh import ContextExchange, Exchange
 from sharding.rules import constrain
 
 Remat = Literal["none", "block", "dots"]
@@ -199,6 +199,7 @@ class Transformer(nnx.Module):
         remat: what the backward pass computes again.
         stacked: one array per pattern position, scanned, instead of one per layer.
         exchange: how tokens meet experts on other devices, see `sharding.expert_parallel`.
+        context_exchange: how queries meet keys on other devices, see `sharding.context_parallel`.
     """
 
     def __init__(
@@ -210,6 +211,7 @@ class Transformer(nnx.Module):
         remat: Remat = "none",
         stacked: bool = False,
         exchange: Exchange = "auto",
+        context_exchange: ContextExchange = "ring",
     ):
         V, D = config.vocab_size, config.hidden_size
         keys = Keys(jax.random.fold_in(key, config.num_layers))
@@ -228,6 +230,7 @@ class Transformer(nnx.Module):
         self.remat: Remat = remat
         self.stacked = stacked
         self.exchange: Exchange = exchange
+        self.context_exchange: ContextExchange = context_exchange
 
     def head(self) -> Float[Array, "D V"]:
         """The output head; the transposed embedding when they are tied."""

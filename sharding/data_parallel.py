@@ -8,6 +8,7 @@ waits for all devices. `tensor` stays with the compiler.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -27,7 +28,7 @@ TOKENS = P(BATCH_AXES, "context")
 """How a `[B, T, ...]` array is cut."""
 
 
-def divides(tokens: tuple[int, int]) -> bool:
+def divides(tokens: Sequence[int]) -> bool:
     """Whether a batch of `[B, T]` tokens can be cut over the mesh in force."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
@@ -71,10 +72,33 @@ def gather(leaf: jax.Array, axes: tuple[str | None, ...], dtype: jnp.dtype) -> j
     partition = spec(axes, TRAIN)
     if "fsdp" not in mesh.manual_axes or "fsdp" not in partition:
         return leaf
-    leaf = leaf.astype(dtype)
+    # A router works in float32.
+    leaf = leaf if "router" in axes else leaf.astype(dtype)
     if mesh.shape["fsdp"] > 1:
-        leaf = jax.lax.all_gather(leaf, "fsdp", axis=partition.index("fsdp"), tiled=True)
+        leaf = _gather(leaf, partition.index("fsdp"))
     return checkpoint_name(leaf, GATHERED)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(leaf: jax.Array, dimension: int) -> jax.Array:
+    """The shards along `fsdp`, one after the other in `dimension`."""
+    return jax.lax.all_gather(leaf, "fsdp", axis=dimension, tiled=True)
+
+
+def _scatter(dimension: int, _: None, d_leaf: jax.Array) -> tuple[jax.Array]:
+    """The sum over `fsdp` of this device's shard.
+
+    TPUs scatter along any dimension but the last, for which the compiler takes twice the traffic (an all-reduce, and
+    a slice of it): so the shards are put in a dimension of their own, in front.
+    """
+    if dimension < d_leaf.ndim - 1:
+        return (jax.lax.psum_scatter(d_leaf, "fsdp", scatter_dimension=dimension, tiled=True),)
+    shards = jax.lax.axis_size("fsdp")
+    parts = jnp.moveaxis(d_leaf.reshape(*d_leaf.shape[:-1], shards, -1), -2, 0)
+    return (jax.lax.psum_scatter(parts, "fsdp", scatter_dimension=0),)
+
+
+_gather.defvjp(lambda leaf, dimension: (_gather(leaf, dimension), None), _scatter)
 
 
 def keep_all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import shard_map
 from jax.sharding import PartitionSpec as P
 
-from sharding.mesh import AXES, BATCH_AXES, Exchange
+from sharding.mesh import BATCH_AXES, Exchange
 from sharding.rules import Table, spec, without
 
 BUFFER_FACTOR = 1.25
@@ -29,12 +29,12 @@ round."""
 Params = Mapping[str, jax.Array]
 """Weights of one layer's experts; the first dimension is the expert."""
 
-Compute = Callable[[jax.Array, jax.Array, jax.Array, Params], jax.Array]
-"""`sum_c weights[m, c] * expert[ids[m, c]](x[m])` as `(x_MD, ids_MC, weights_MC, params) -> y_MD`; an id beyond the
-last expert means nothing."""
+Compute = Callable[[jax.Array, jax.Array, jax.Array, Params, int], jax.Array]
+"""`sum_c weights[m, c] * expert[ids[m, c]](x[m])` as `(x_MD, ids_MC, weights_MC, params, shards) -> y_MD`; an id beyond
+the last expert means nothing, and about one in `shards` is not."""
 
-Apply = Callable[[jax.Array, Params], jax.Array]
-"""`(rows_ESD, params) -> out_ESD`: each expert on its own rows."""
+Apply = Callable[[jax.Array, jax.Array, Params], jax.Array]
+"""`(rows_ESD, share_ES, params) -> out_ESD`: each expert on its own rows, times their shares."""
 
 
 def chosen(kind: Exchange, shards: int, choices: int) -> Exchange:
@@ -70,7 +70,7 @@ def spread_experts(
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return compute(x_MD, ids_MC, weights_MC, params)
+        return compute(x_MD, ids_MC, weights_MC, params, 1)
     own = set(mesh.manual_axes)
     left = set(mesh.axis_names) - own
     shards = mesh.shape["expert"]
@@ -80,7 +80,7 @@ def spread_experts(
     specs = {name: without(spec(axes[name], table), own) for name in params}
     # Weights that are still cut over fsdp are for the compiler to gather.
     if not divides or (not own and (kind == "gspmd" or any("fsdp" in one for one in specs.values()))):
-        return compute(x_MD, ids_MC, weights_MC, params)
+        return compute(x_MD, ids_MC, weights_MC, params, 1)
     rows = P() if own else P(BATCH_AXES, None)
 
     def local(x_mD: jax.Array, ids_mC: jax.Array, weights_mC: jax.Array, params: Params) -> jax.Array:
@@ -90,7 +90,7 @@ def spread_experts(
         if kind != "all_to_all":
             y_mD = _ring(x_mD, ids_mC, weights_mC, params, compute)
         else:
-            capacity = -(-int(ids_mC.size / experts * BUFFER_FACTOR + 1) // 8) * 8
+            capacity = -(-int(ids_mC.size / experts * BUFFER_FACTOR) // 8) * 8
             y_mD = _all_to_all(x_mD, ids_mC, weights_mC, params, apply, min(capacity, len(x_mD)))
         return jax.lax.psum(y_mD, "tensor")
 
@@ -105,7 +105,7 @@ def _ring(x_mD: jax.Array, ids_mC: jax.Array, weights_mC: jax.Array, params: Par
     x_MD, ids_MC, weights_MC = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x_mD, ids_mC, weights_mC))
     own_MC = ids_MC - jax.lax.axis_index("expert") * experts
     own_MC = jnp.where((own_MC >= 0) & (own_MC < experts), own_MC, experts)
-    y_MD = compute(x_MD, own_MC, weights_MC, params)
+    y_MD = compute(x_MD, own_MC, weights_MC, params, jax.lax.axis_size("expert"))
     return jax.lax.psum_scatter(y_MD, "expert", tiled=True)
 
 
@@ -131,8 +131,8 @@ def _plan(ids_mC: jax.Array, experts: int, capacity: int) -> Plan:
     first_E = jnp.cumsum(sizes_E) - sizes_E
     sorted_R = jnp.minimum(ids_R[order_R], experts - 1)
     rank_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(len(order_R), dtype=jnp.int32) - first_E[sorted_R])
-    # All devices must agree, over the axes of the width and of the batch too: else some wait for ever.
-    rounds = jax.lax.pmax(-(-sizes_E.max() // capacity), AXES)
+    # All that exchange must agree, or some wait for ever.
+    rounds = jax.lax.pmax(-(-sizes_E.max() // capacity), "expert")
     return Plan(order_R, first_E, sizes_E, rank_R, rounds)
 
 
@@ -151,20 +151,20 @@ def _slots(plan: Plan, ids_mC: jax.Array, turn: jax.Array, experts: int, capacit
     return jnp.where(here, ids_mC * capacity + rank_mC, experts * capacity)
 
 
-def _to_experts(rows_ESD: jax.Array, shards: int) -> jax.Array:
-    """Buffers for all experts, from here, to buffers of our experts, from all shards."""
-    experts, capacity, width = rows_ESD.shape
-    split = rows_ESD.reshape(shards, experts // shards, capacity, width)
+def _to_experts(rows: jax.Array, shards: int) -> jax.Array:
+    """Buffers `[E, S, ...]` for all experts, from here, to buffers of our experts, from all shards."""
+    experts, capacity, *rest = rows.shape
+    split = rows.reshape(shards, experts // shards, capacity, *rest)
     come = jax.lax.all_to_all(split, "expert", 0, 0)
-    return come.swapaxes(0, 1).reshape(experts // shards, shards * capacity, width)
+    return come.swapaxes(0, 1).reshape(experts // shards, shards * capacity, *rest)
 
 
-def _to_tokens(rows_eSD: jax.Array, shards: int) -> jax.Array:
+def _to_tokens(rows: jax.Array, shards: int) -> jax.Array:
     """The way back of `_to_experts`."""
-    experts, rows, width = rows_eSD.shape
-    split = rows_eSD.reshape(experts, shards, rows // shards, width).swapaxes(0, 1)
+    experts, count, *rest = rows.shape
+    split = rows.reshape(experts, shards, count // shards, *rest).swapaxes(0, 1)
     come = jax.lax.all_to_all(split, "expert", 0, 0)
-    return come.reshape(shards * experts, rows // shards, width)
+    return come.reshape(shards * experts, count // shards, *rest)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -185,12 +185,14 @@ def _forward(
     choices, shards = ids_mC.shape[1], jax.lax.axis_size("expert")
     experts = len(next(iter(params.values()))) * shards
     plan = _plan(ids_mC, experts, capacity)
+    weights_R = weights_mC.reshape(-1)
 
     def body(turn: jax.Array, y_mD: jax.Array) -> jax.Array:
-        rows_ESD = _take(x_mD, _sent(plan, turn, capacity) // choices)
-        out_ESD = _to_tokens(apply(_to_experts(rows_ESD, shards), params), shards)
+        pairs_ES = _sent(plan, turn, capacity)
+        rows, share = _to_experts(_take(x_mD, pairs_ES // choices), shards), _take(weights_R, pairs_ES)
+        back = _to_tokens(apply(rows, _to_experts(share, shards), params), shards)
         slots_mC = _slots(plan, ids_mC, turn, experts, capacity)
-        return y_mD + jnp.einsum("mcd,mc->md", _take(out_ESD.reshape(-1, out_ESD.shape[-1]), slots_mC), weights_mC)
+        return y_mD + _take(back.reshape(-1, back.shape[-1]), slots_mC).sum(1)
 
     y_mD = jax.lax.fori_loop(0, plan.rounds, body, jnp.zeros_like(x_mD))
     return y_mD, (x_mD, ids_mC, weights_mC, params, plan)
@@ -207,15 +209,13 @@ def _backward(apply: Apply, capacity: int, saved: Any, dy_mD: jax.Array) -> tupl
         dx_mD, dw_mC, d_params = carry
         pairs_ES = _sent(plan, turn, capacity)
         rows, dy = (_to_experts(_take(a, pairs_ES // choices), shards) for a in (x_mD, dy_mD))
-        share = _to_experts(_take(weights_R, pairs_ES)[..., None], shards)
-        out, pull = jax.vjp(apply, rows, params)
-        d_rows, d_own = pull(dy * share)
-        d_share = jnp.sum(out * dy, axis=-1, keepdims=True)
+        _, pull = jax.vjp(apply, rows, _to_experts(_take(weights_R, pairs_ES), shards), params)
+        d_rows, d_share, d_own = pull(dy)
         slots_mC = _slots(plan, ids_mC, turn, experts, capacity)
-        back = _to_tokens(jnp.concatenate([d_rows, d_share], axis=-1), shards)
-        back_mCX = _take(back.reshape(-1, back.shape[-1]), slots_mC)
-        dx_mD = dx_mD + back_mCX[..., :-1].sum(1)
-        return dx_mD, dw_mC + back_mCX[..., -1], jax.tree.map(jnp.add, d_params, d_own)
+        d_rows = _to_tokens(d_rows, shards)
+        dx_mD = dx_mD + _take(d_rows.reshape(-1, d_rows.shape[-1]), slots_mC).sum(1)
+        dw_mC = dw_mC + _take(_to_tokens(d_share, shards).reshape(-1), slots_mC)
+        return dx_mD, dw_mC, jax.tree.map(jnp.add, d_params, d_own)
 
     zeros = (jnp.zeros_like(x_mD), jnp.zeros_like(weights_mC), jax.tree.map(jnp.zeros_like, params))
     dx_mD, dw_mC, d_params = jax.lax.fori_loop(0, plan.rounds, body, zeros)

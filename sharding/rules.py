@@ -23,11 +23,11 @@ TRAIN: Table = {
     "head_dim": None,
     "mlp": "tensor",
     "expert": "expert",
-    "router": None,
+    "router": "fsdp",
 }
 """Weights while training: cut over fsdp too, and gathered layer by layer as they are used."""
 
-DECODE: Table = {**TRAIN, "embed": None}
+DECODE: Table = {**TRAIN, "embed": None, "router": None}
 """Weights while decoding: nothing is gathered, so each token reads only what its device holds."""
 
 ACTIVATIONS: Table = {

@@ -62,8 +62,10 @@ def exchanged(exchange, x_MD, ids_MC, weights_MC, params, kind: Activation = "sw
             axes={name: AXES[name] for name in names},
             table=TRAIN if training else DECODE,
             exchange=exchange,
-            compute=lambda x, i, w, p: run_experts(x, i, w, Experts(**p), training=training, activation=kind),
-            apply=lambda rows, p: on_own_rows(rows, Experts(**p), kind),
+            compute=lambda x, i, w, p, shards: run_experts(
+                x, i, w, Experts(**p), training=training, activation=kind, shards=shards
+            ),
+            apply=lambda rows, share, p: on_own_rows(rows, Experts(**p), kind, share),
         )
 
     def local(leaves, tokens):

@@ -35,7 +35,7 @@ def test_splash_attention(length, heads, kv_heads, width, values, window, sinks)
         return attend_in_blocks(q, k, v, mask, 0.3, window, logits)
 
     def fused(q, k, v, logits):
-        return splash(q, k, v, mask.segments_BT, 0.3, window, logits, interpret=True)
+        return splash(q, k, v, jnp.asarray(segments), 0.3, window, logits, interpret=True)
 
     wanted, pull = jax.vjp(plain, q, k, v, logits)
     found, fused_pull = jax.vjp(fused, q, k, v, logits)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from errors import UserError
-from model.config import LatentAttentionConfig
+from model.config import LatentAttentionConfig, LinearAttentionConfig, RopeConfig
 from sharding.mesh import MeshConfig, make_mesh
 from sharding.rules import ACTIVATIONS, DECODE, TRAIN, batch_sharding, spec
 from tests.tiny import DENSE, MOE, Trainer, make_rows, make_run
@@ -20,20 +20,34 @@ from train.step import accumulate
 LATENT = replace(
     MOE, latent=LatentAttentionConfig(kv_rank=12, query_rank=20, nope_dim=8, rope_dim=4, value_dim=10), num_kv_heads=4
 )
+HYBRID = replace(
+    MOE,
+    num_layers=4,
+    attention_pattern=("linear", "full"),
+    linear=LinearAttentionConfig(num_key_heads=2, num_value_heads=4, key_dim=8, value_dim=6),
+    attention_gate=True,
+    norm="zero_centred",
+    rope=RopeConfig(share=0.5),
+    mtp_layers=1,
+)
+WINDOWED = replace(DENSE, attention_pattern=("sliding", "full"), sliding_window=5, sinks=True, qkv_bias=True)
 MODELS = {
     "dense": (DENSE, "list"),
+    "windowed": (WINDOWED, "list"),
+    "hybrid": (HYBRID, "list"),
     "moe": (MOE, "list"),
     "moe stacked": (MOE, "stacked"),
     "latent": (LATENT, "list"),
 }
 ALL = [
-    (kind, MeshConfig(d, f, e, 8 // (d * f * e), exchange=exchange))
+    (kind, MeshConfig(d, f, e, t, 8 // (d * f * e * t), exchange=exchange))
     for kind in MODELS
     for d in (1, 2, 4, 8)
     for f in (1, 2, 4, 8)
     for e in (1, 2, 4, 8)
-    if 8 % (d * f * e) == 0 and 8 // (d * f * e) <= 2
-    for exchange in (("auto",) if kind == "dense" else ("ring", "all_to_all"))
+    for t in (1, 2)
+    if 8 % (d * f * e * t) == 0
+    for exchange in (("auto",) if kind in ("dense", "windowed") else ("ring", "all_to_all"))
 ]
 # Each pair of axes together at least once; every factorisation of 8 under `--full`.
 COVER = [
@@ -45,6 +59,12 @@ COVER = [
     ("moe stacked", MeshConfig(2, 2, 1, 2, exchange="gspmd")),
     ("moe stacked", MeshConfig(1, 2, 2, 2)),
     ("latent", MeshConfig(2, 1, 2, 2)),
+    ("latent", MeshConfig(1, 2, 1, 2, 2)),
+    ("moe stacked", MeshConfig(2, 1, 2, 1, 2, exchange="all_to_all")),
+    ("windowed", MeshConfig(1, 1, 1, 2, 4)),
+    ("windowed", MeshConfig(2, context=4, context_exchange="all_gather")),
+    ("hybrid", MeshConfig(1, 2, 2, 1, 2)),
+    ("hybrid", MeshConfig(context=4, tensor=2)),
 ]
 CASES = ALL if os.environ.get("QMAX_FULL") else COVER
 

@@ -41,7 +41,8 @@ SHAPES = [(24, 2, 6), (1, 2, 6), (9, 3, 4)]
 """Tokens, choices, experts; compiled once each."""
 WIDTH, HIDDEN = 8, 12
 BACKENDS: dict[str, Callable] = {
-    "ragged": experts.ragged,
+    "ragged": lambda *inputs: experts.ragged(*inputs, inputs[1].size),
+    "ragged in rounds": lambda *inputs: experts.ragged(*inputs, 8),
     "per_pair": experts.per_pair,
     "grouped_blocks_only": lambda *inputs: experts.grouped(*inputs, 0, 4),
     "grouped_overflowing": lambda *inputs: experts.grouped(*inputs, 3, 2),
@@ -49,7 +50,8 @@ BACKENDS: dict[str, Callable] = {
 }
 CLAMPED: dict[str, Callable] = {
     "reference": lambda *inputs: experts.reference(*inputs, activation="clamped"),
-    "ragged": lambda *inputs: experts.ragged(*inputs, activation="clamped"),
+    "ragged": lambda *inputs: experts.ragged(*inputs, inputs[1].size, "clamped"),
+    "ragged in rounds": lambda *inputs: experts.ragged(*inputs, 16, "clamped"),
     "per_pair": lambda *inputs: experts.per_pair(*inputs, activation="clamped"),
     "grouped_blocks_only": lambda *inputs: experts.grouped(*inputs, 0, 4, "clamped"),
     "grouped_overflowing": lambda *inputs: experts.grouped(*inputs, 3, 2, "clamped"),

@@ -58,6 +58,7 @@ def build_model(run: Run, key: Array) -> Transformer:
         remat=run.remat,
         stacked=is_stacked(run),
         exchange=run.mesh.exchange,
+        context_exchange=run.mesh.context_exchange,
     )
 
 

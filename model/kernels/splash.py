@@ -62,12 +62,13 @@ def splash(
     def rows(q: Array, k: Array, v: Array, segments_BT: Array, sinks_N: Array | None) -> Array:
         def row(q_TNH: Array, k_KSH: Array, v_KSI: Array, segments_T: Array) -> Array:
             both = kernel.SegmentIds(q=segments_T, kv=segments_T)
-            return run(q_TNH.swapaxes(0, 1), k_KSH, v_KSI, both, sinks_N).swapaxes(0, 1)
+            out_NTI: Any = run(q_TNH.swapaxes(0, 1), k_KSH, v_KSI, both, sinks_N)
+            return out_NTI.swapaxes(0, 1)
 
         return jax.vmap(row)(q, k, v, segments_BT)
 
     q, k, v = (pad_width(x) for x in ((q_BTNH * scale).astype(k_BKSH.dtype), k_BKSH, v_BKSI))
-    out_BTNI = as_they_come(rows, q, k, v, segments_BT, sinks_N)
+    out_BTNI: Any = as_they_come(rows, q, k, v, segments_BT, sinks_N)
     return out_BTNI[..., :width].astype(q_BTNH.dtype)
 
 

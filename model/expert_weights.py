@@ -1,0 +1,60 @@
+"""The weights of a layer's experts, and what each expert does to its rows."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Activation = Literal["swiglu", "clamped"]
+
+CLAMP = 7.0
+"""Largest gate, and largest magnitude of up, of the clamped activation."""
+
+
+class Experts(NamedTuple):
+    """Weights of one layer's experts: `gate` and `up` `[E, D, F]`, `down` `[E, F, D]`, and biases where it has them."""
+
+    gate_EDF: Float[Array, "E D F"]
+    up_EDF: Float[Array, "E D F"]
+    down_EFD: Float[Array, "E F D"]
+    gate_bias_EF: Float[Array, "E F"] | None = None
+    up_bias_EF: Float[Array, "E F"] | None = None
+    down_bias_ED: Float[Array, "E D"] | None = None
+
+
+def activate(gate: Array, up: Array, kind: Activation) -> Array:
+    """`silu(gate) * up`; clamped, as gpt-oss does it: `(up + 1) * gate * sigmoid(1.702 gate)` within +-7."""
+    if kind == "swiglu":
+        return jax.nn.silu(gate) * up
+    gate, up = jnp.minimum(gate, CLAMP), jnp.clip(up, -CLAMP, CLAMP)
+    return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
+
+
+def plus(x: Array, bias: Array | None) -> Array:
+    """`x` with a bias, if there is one, added to every row."""
+    return x if bias is None else x + bias[..., None, :]
+
+
+def hidden_of(rows: Array, params: Experts) -> tuple[Array, Array]:
+    """Gate and up of rows `[..., rows, D]` that belong to the experts of `params`, one each along the first axis."""
+    return plus(rows @ params.gate_EDF, params.gate_bias_EF), plus(rows @ params.up_EDF, params.up_bias_EF)
+
+
+def on_own_rows(rows: Array, params: Experts, activation: Activation, share: Array | None = None) -> Array:
+    """Each expert of `params` on its own rows, `[..., rows, D]`; times `share` `[..., rows]`, if there is one.
+
+    The share comes before the last product: so its gradient does not need what that gives.
+    """
+    hidden = activate(*hidden_of(rows, params), activation)
+    if share is None:
+        return plus(hidden @ params.down_EFD, params.down_bias_ED)
+    out = (hidden * share[..., None]) @ params.down_EFD
+    return out if params.down_bias_ED is None else out + params.down_bias_ED[..., None, :] * share[..., None]
+
+
+def expert_at(params: Experts, index: Array) -> Experts:
+    """The weights of one expert, as slices."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), params)
