@@ -62,6 +62,22 @@ def test_a_mesh_that_the_compiler_made_up_is_read() -> None:
         assert (found.axes, found.devices) == (axes, 2 ** len(axes))
 
 
+def test_an_all_reduce_that_is_cut_at_once_is_a_reduce_scatter() -> None:
+    """A TPU's compiler writes it as a fusion, whose name tells."""
+    program = """
+%all-reduce-scatter.1 (input: f32[8,4]) -> f32[2,4] {
+  %a = f32[8,4]{1,0} all-reduce(%input), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %s = f32[2,4]{1,0} dynamic-slice(%a, %place), dynamic_slice_sizes={2,4}
+}
+
+ENTRY %main (b: f32[8,4]) -> f32[2,4] {
+  ROOT %f = f32[2,4]{1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    (found,) = read_program(program, {"data": 4, "fsdp": 1, "expert": 1, "tensor": 1}).collectives
+    assert (found.kind, found.axes, found.bytes) == ("reduce-scatter", ("data",), 8 * 4 * 4)
+
+
 def test_a_program_is_made_for_the_devices_of_its_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
     with jax.set_mesh(make_mesh(MeshConfig(data=2))):
         assert platform() == "cpu"

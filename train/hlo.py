@@ -15,6 +15,9 @@ BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4}
 UNKNOWN_CYCLES = 1 << 40
 """The compiler writes larger numbers where it has no estimate."""
 
+SCATTERING = "all-reduce-scatter"
+"""How the names of such computations begin."""
+
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(")
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
@@ -75,7 +78,9 @@ def read_program(text: str, mesh_shape: Mapping[str, int]) -> Program:
                 if devices == 1:
                     continue
                 later = match[3].endswith("-start") or "async" in name
-                entry_of = found[kind, axes, devices, later]
+                # A TPU's reduce-scatter may be written as a fusion of this name: an all-reduce whose result is cut.
+                told = "reduce-scatter" if name.startswith(SCATTERING) else kind
+                entry_of = found[told, axes, devices, later]
                 entry_of[0] += often
                 entry_of[1] += often * _bytes(match[2], kind, devices, match[3].endswith("-start"))
             elif match[3] == "custom-call" and (target := re.search(r'custom_call_target="([^"]+)"', line)):
