@@ -10,6 +10,9 @@ from errors import UserError
 from model.config import ModelConfig
 from sharding.mesh import MeshConfig
 
+BFLOAT16_STEP = 2.0**-8
+"""Half the distance between numbers of bfloat16, as a share of them: less is lost in rounding to the nearest."""
+
 
 def check_range(part: object, prefix: str, lowest: float, *names: str) -> None:
     """Refuses fields of `part` that are less than `lowest`."""
@@ -89,7 +92,9 @@ class OptimizerConfig:
     muon_momentum: float = 0.95
     """muon: decay of the momentum."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """How the running mean of gradients is stored."""
+    """How the running means of gradients and of their squares are stored; they are computed in float32."""
+    shard_over_data: bool = True
+    """Cut them over mesh.data too (ZeRO-1); false keeps a copy in each."""
 
     def __post_init__(self) -> None:
         check_range(self, "optimizer.", 0, "warmup_steps", "eps", "weight_decay", "clip_norm")
@@ -102,6 +107,13 @@ class OptimizerConfig:
         for name in ("decay_fraction", "final_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1]")
+        decays = ("beta1", "beta2", "muon_momentum") if self.name == "muon" else ("beta1", "beta2")
+        for name in decays if self.moment_dtype == "bfloat16" else ():
+            if 1 - getattr(self, name) < BFLOAT16_STEP:
+                raise UserError(
+                    f"optimizer.{name}={getattr(self, name)} lets a mean fall by less than bfloat16 can tell, so it "
+                    f"would never fall: at most {1 - BFLOAT16_STEP:.3f} goes with optimizer.moment_dtype=bfloat16"
+                )
 
 
 @dataclass(frozen=True)
@@ -165,6 +177,10 @@ class Run:
     """Decides the initial weights and the order of data."""
     accumulate: int = 1
     """Micro-batches that a step is cut into."""
+    accumulate_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the gradients of micro-batches are summed."""
+    parameter_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of stored matrices, which bfloat16 is rounded to at random; norms, biases and routers stay float32."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations; auto is float32 on a CPU and bfloat16 elsewhere."""
     remat: Literal["none", "block", "dots"] = "none"
@@ -189,6 +205,11 @@ class Run:
         check_range(self, "", 0, "validate_every", "validation_batches", "spike_factor", "seed")
         if self.data.batch_size % self.accumulate:
             raise UserError(f"data.batch_size={self.data.batch_size} does not divide by accumulate={self.accumulate}")
+        if self.accumulate_dtype == "bfloat16" and self.accumulate * BFLOAT16_STEP >= 1:
+            raise UserError(
+                f"accumulate={self.accumulate} with accumulate_dtype=bfloat16 loses the last micro-batches, which are "
+                f"less than the sum can tell; less than {1 / BFLOAT16_STEP:.0f} go, or accumulate_dtype=float32"
+            )
         rows = self.data.batch_size // self.accumulate
         if rows % self.mesh.batch_shards:
             raise UserError(

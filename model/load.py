@@ -68,7 +68,9 @@ class RunSource:
             kind = "params" if name in skeleton.weights else "extra"
             own = list_names(name, self.config) if fitting[0] else [name]
             sharding = shardings[own[0]] if len(own) == 1 else _over_layers(shardings[own[0]])
-            asked[f"{kind}.{name}"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+            path = f"{kind}.{name}"
+            stored = saved[path].dtype if path in saved else jnp.float32
+            asked[path] = jax.ShapeDtypeStruct(shape, stored, sharding=sharding)
         found = self.checkpoints.restore(self.step, asked, part=True)
         arrays = {name.partition(".")[2]: array for name, array in found.items()}
         arrays = unstack(arrays, self.config) if fitting[0] else arrays

@@ -27,6 +27,10 @@ TRAIN: Table = {
 }
 """Weights while training: cut over fsdp too, and gathered layer by layer as they are used."""
 
+OPTIMIZER: Table = {**TRAIN, "embed": ("fsdp", "data"), "router": ("fsdp", "data")}
+"""Moments while training, and the gradients that they take: copies of a weight along `data` each update a part of it
+(ZeRO stage 1, arXiv 1910.02054, section 5.1). `data` comes last: a part is cut out of what a device holds anyway."""
+
 DECODE: Table = {**TRAIN, "embed": None, "router": None}
 """Weights while decoding: nothing is gathered, so each token reads only what its device holds."""
 
@@ -105,9 +109,39 @@ def on_own_parts(
     return jax.shard_map(function, in_specs=tuple(specs), out_specs=result, axis_names=left, check_vma=False)(*args)
 
 
-def array_sharding(axes: Sequence[str | None], ndim: int, mesh: jax.sharding.Mesh, table: Table) -> NamedSharding:
+def array_sharding(
+    axes: Sequence[str | None], ndim: int, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, table: Table
+) -> NamedSharding:
     """How a weight of `ndim` dimensions with logical `axes` lies on `mesh`; a stacked one has one dimension more."""
     return NamedSharding(mesh, spec(("layers",) * (ndim - len(axes)) + tuple(axes), table))
+
+
+def moment_sharding(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+) -> NamedSharding:
+    """How the moments of a weight lie on `mesh`: by OPTIMIZER where its dimensions divide, else as the weight does."""
+    wanted = array_sharding(axes, len(shape), mesh, OPTIMIZER)
+    for size, entry in zip(shape, wanted.spec, strict=True):
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        if size % prod(mesh.shape[name] for name in names):
+            return array_sharding(axes, len(shape), mesh, TRAIN)
+    return wanted
+
+
+def constrain_weights(
+    arrays: Mapping[str, jax.Array], axes: Mapping[str, Sequence[str | None]], *, moments: bool
+) -> dict[str, jax.Array]:
+    """Arrays shaped like weights, by path, laid out on the mesh in force like the weights or like their moments."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return dict(arrays)
+
+    def lay(name: str, x: jax.Array) -> jax.Array:
+        own = axes[name]
+        found = moment_sharding(own, x.shape, mesh) if moments else array_sharding(own, x.ndim, mesh, TRAIN)
+        return jax.lax.with_sharding_constraint(x, found)
+
+    return {name: lay(name, x) for name, x in arrays.items()}
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -47,6 +47,37 @@ def test_collectives_are_counted_by_axis_and_trip() -> None:
     assert found["collective-permute"].axes == ("expert",)
 
 
+def test_a_mesh_that_the_compiler_made_up_is_read() -> None:
+    """Its axes have names of its own; the devices of a group say which of ours it runs along."""
+    groups = {
+        "mesh['axis_0'=8] {'axis_0'}": ("data", "fsdp", "expert"),
+        "mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([2,2,2]T(1,0,2)) {'axis_0'}": ("fsdp",),
+        "mesh['axis_0'=1,'axis_1'=4,'axis_2'=2], device_ids=([2,2,2]T(1,0,2)) {'axis_1'}": ("data", "fsdp"),
+        "mesh['data'=2,'fsdp'=2,'expert'=2] {'expert'}": ("expert",),
+    }
+    for written, axes in groups.items():
+        line = f"  %a = f32[4]{{0}} all-reduce(%b), replica_groups={written}, use_global_device_ids=true"
+        program = f"ENTRY %main (b: f32[4]) -> f32[4] {{\n{line}\n}}\n"
+        (found,) = read_program(program, {"data": 2, "fsdp": 2, "expert": 2, "tensor": 1}).collectives
+        assert (found.axes, found.devices) == (axes, 2 ** len(axes))
+
+
+def test_an_all_reduce_that_is_cut_at_once_is_a_reduce_scatter() -> None:
+    """A TPU's compiler writes it as a fusion, whose name tells."""
+    program = """
+%all-reduce-scatter.1 (input: f32[8,4]) -> f32[2,4] {
+  %a = f32[8,4]{1,0} all-reduce(%input), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %s = f32[2,4]{1,0} dynamic-slice(%a, %place), dynamic_slice_sizes={2,4}
+}
+
+ENTRY %main (b: f32[8,4]) -> f32[2,4] {
+  ROOT %f = f32[2,4]{1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    (found,) = read_program(program, {"data": 4, "fsdp": 1, "expert": 1, "tensor": 1}).collectives
+    assert (found.kind, found.axes, found.bytes) == ("reduce-scatter", ("data",), 8 * 4 * 4)
+
+
 def test_a_program_is_made_for_the_devices_of_its_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
     with jax.set_mesh(make_mesh(MeshConfig(data=2))):
         assert platform() == "cpu"

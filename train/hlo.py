@@ -15,9 +15,15 @@ BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4}
 UNKNOWN_CYCLES = 1 << 40
 """The compiler writes larger numbers where it has no estimate."""
 
+SCATTERING = "all-reduce-scatter"
+"""How the names of such computations begin."""
+
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(")
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+OWN_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
 CALLED = re.compile(r"\b(body|calls|called_computations|branch_computations)=\{?((?:%?[\w.\-]+(?:, ?)?)+)\}?")
 
 
@@ -72,7 +78,9 @@ def read_program(text: str, mesh_shape: Mapping[str, int]) -> Program:
                 if devices == 1:
                     continue
                 later = match[3].endswith("-start") or "async" in name
-                entry_of = found[kind, axes, devices, later]
+                # A TPU's reduce-scatter may be written as a fusion of this name: an all-reduce whose result is cut.
+                told = "reduce-scatter" if name.startswith(SCATTERING) else kind
+                entry_of = found[told, axes, devices, later]
                 entry_of[0] += often
                 entry_of[1] += often * _bytes(match[2], kind, devices, match[3].endswith("-start"))
             elif match[3] == "custom-call" and (target := re.search(r'custom_call_target="([^"]+)"', line)):
@@ -148,8 +156,7 @@ def _bytes(shape: str, kind: str, devices: int, start: bool) -> int:
 def _groups(line: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
     """The axes that a group runs along, and its devices."""
     named = re.search(r"replica_groups=mesh\[[^\]]*\][^{]*\{([^}]*)\}", line)
-    if named:
-        axes = tuple(axis for axis in re.findall(r"\w+", named[1]) if axis in mesh_shape)
+    if named and set(axes := tuple(re.findall(r"\w+", named[1]))) <= set(mesh_shape):
         return axes, prod(mesh_shape[axis] for axis in axes)
     group = _first_group(line, prod(mesh_shape.values()))
     if group is None:
@@ -162,10 +169,15 @@ def _groups(line: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], 
 def _first_group(line: str, devices: int) -> list[int] | None:
     spread = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
     if spread:
-        sizes = [int(one) for one in spread[3].split(",")]
-        ids = np.arange(prod(sizes)).reshape(sizes)
-        ids = ids.transpose([int(one) for one in spread[4].split(",")]) if spread[4] else ids
-        return ids.reshape(int(spread[1]), int(spread[2]))[0].tolist()
+        return _order(spread[3], spread[4]).reshape(int(spread[1]), int(spread[2]))[0].tolist()
+    own = OWN_MESH.search(line)
+    if own:  # a mesh that the compiler made up: its axes with sizes, the order of devices, the axes of a group
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", own[1])}
+        axes = re.findall(r"\w+", own[4])
+        if not set(axes) <= set(sizes):
+            return None
+        ids = _order(own[2] or str(prod(sizes.values())), own[3]).reshape(tuple(sizes.values()))
+        return ids[tuple(slice(None) if name in axes else 0 for name in sizes)].reshape(-1).tolist()
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     if listed:
         return [int(one) for one in listed[1].split(",")]
@@ -173,3 +185,10 @@ def _first_group(line: str, devices: int) -> list[int] | None:
     if pairs:
         return [int(pairs[1]), int(pairs[2])]
     return list(range(devices)) if "replica_groups={}" in line else None
+
+
+def _order(sizes: str, axes: str | None) -> np.ndarray:
+    """Devices as `[sizes]T(axes)` writes them: counted in a grid, whose axes then change places."""
+    grid = [int(one) for one in sizes.split(",")]
+    ids = np.arange(prod(grid)).reshape(grid)
+    return ids.transpose([int(one) for one in axes.split(",")]) if axes else ids

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -49,6 +52,32 @@ def muon_dimensions(axes: tuple[str | None, ...], ndim: int) -> optax.contrib.Mu
     return optax.contrib.MuonDimensionNumbers(tuple(dims[:-outputs]), tuple(dims[-outputs:]))
 
 
+def stored_as(inner: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
+    """`inner`, whose moments are kept in `dtype` and computed in float32.
+
+    optax's own `mu_dtype` is of the first moment alone, and multiplies it in the type that it is stored in. Both in
+    bfloat16: DeepSeek-V3 (arXiv 2412.19437, section 3.3.2). Moments are dictionaries by path; what else a state holds
+    (counters, coefficients) stays as it is.
+    """
+
+    def cast(state: optax.OptState, kind: jnp.dtype) -> optax.OptState:
+        def one(part: Any) -> Any:
+            return optax.tree.cast(part, kind) if isinstance(part, dict) else part
+
+        return jax.tree.map(one, state, is_leaf=lambda part: isinstance(part, dict))
+
+    def init(params: optax.Params) -> optax.OptState:
+        return cast(inner.init(params), dtype)
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates, state = inner.update(updates, cast(state, jnp.dtype("float32")), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(config: OptimizerConfig, steps: int, skeleton: Skeleton) -> optax.GradientTransformation:
     """Clipping, then AdamW (arXiv 1711.05101) or Muon (Jordan et al. 2024) with AdamW for what is no matrix."""
     axes, shapes = skeleton.axes, skeleton.shapes
@@ -56,16 +85,16 @@ def make_optimizer(config: OptimizerConfig, steps: int, skeleton: Skeleton) -> o
     def decayed(params: Arrays) -> dict[str, bool]:
         return {name: not isinstance(leaf, optax.MaskedNode) and is_matrix(axes[name]) for name, leaf in params.items()}
 
+    moment_dtype = jnp.dtype(config.moment_dtype)
     adamw = optax.adamw(
         schedule(config, steps, config.learning_rate),
         b1=config.beta1,
         b2=config.beta2,
         eps=config.eps,
-        mu_dtype=jnp.dtype(config.moment_dtype),
         weight_decay=config.weight_decay,
         mask=decayed,
     )
-    core = adamw
+    core = adamw = stored_as(adamw, moment_dtype)
     if config.name == "muon":
         dimensions = {name: muon_dimensions(axes[name], len(shapes[name])) for name in shapes}
 
@@ -75,12 +104,14 @@ def make_optimizer(config: OptimizerConfig, steps: int, skeleton: Skeleton) -> o
         muon = optax.chain(
             optax.contrib.scale_by_muon(
                 beta=config.muon_momentum,
-                mu_dtype=jnp.dtype(config.moment_dtype),
                 weight_dimension_numbers=of_matrices,  # pyright: ignore[reportArgumentType]
             ),
             optax.add_decayed_weights(config.weight_decay),
             optax.scale_by_learning_rate(schedule(config, steps, config.muon_learning_rate)),
         )
         labels = {name: "muon" if dimensions[name] else "adamw" for name in shapes}
-        core = optax.partition({"muon": muon, "adamw": adamw}, lambda params: {name: labels[name] for name in params})
+        core = optax.partition(
+            {"muon": stored_as(muon, moment_dtype), "adamw": adamw},
+            lambda params: {name: labels[name] for name in params},
+        )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), core) if config.clip_norm else core

@@ -148,12 +148,13 @@ class Origin:
         self, run: Run, skeleton: Skeleton, state: TrainState, mesh: jax.sharding.Mesh, new: NewRows
     ) -> TrainState:
         """`state` with the source's weights and selection biases in place of its own."""
-        names = set(state.params)
+        dtypes = {name: array.dtype for name, array in state.params.items()}
         initial = {**state.params, **state.extra}
         state = replace(state, params={}, extra={})
         found = self.weights(run, skeleton, initial, mesh, new)
-        params = {name: array for name, array in found.items() if name in names}
-        return replace(state, params=params, extra={n: array for n, array in found.items() if n not in names})
+        # One by one: no more than one weight is there in float32 and as it is stored.
+        params = {name: found.pop(name).astype(dtype) for name, dtype in dtypes.items()}
+        return replace(state, params=params, extra=found)
 
 
 def vocabulary_axes(skeleton: Skeleton) -> dict[str, int]:

@@ -15,17 +15,18 @@ from jaxtyping import Array, Float, Int
 from configs.run import Run
 from model.transformer import Transformer
 from model.tree import Arrays, Skeleton
-from sharding.rules import TRAIN, array_sharding
+from sharding.rules import TRAIN, array_sharding, moment_sharding
 from sharding.runtime import default_dtype
+from train.optimizer import is_matrix
 
 
 @struct.dataclass
 class TrainState:
     """Everything that decides the next step, besides the data.
 
-    params: float32 weights by path. extra: selection biases by path. opt: the optimizer's state. step: steps
-    done. norm_mean: running mean of gradient norms, for the spike guard. bad_steps: steps skipped in a row.
-    skipped: steps skipped in all.
+    params: weights by path, of the types of `parameter_dtypes`. extra: selection biases by path. opt: the optimizer's
+    state. step: steps done. norm_mean: running mean of gradient norms, for the spike guard. bad_steps: steps skipped
+    in a row. skipped: steps skipped in all.
     """
 
     params: Arrays
@@ -67,12 +68,29 @@ def make_skeleton(run: Run) -> Skeleton:
     return Skeleton(jax.eval_shape(lambda: build_model(run, jax.random.key(run.seed))))
 
 
+def parameter_dtypes(run: Run, skeleton: Skeleton) -> dict[str, jnp.dtype]:
+    """What each weight is stored in: matrices as `parameter_dtype` says, all else in float32.
+
+    Else are vectors (norms, biases, those of each expert too) and the router, whose close scores decide where tokens
+    go: few numbers, and the most sensitive ones.
+    """
+
+    def coarse(axes: tuple[str | None, ...]) -> bool:
+        own = tuple(axis for axis in axes if axis != "expert")
+        return is_matrix(own) and "router" not in own
+
+    axes = skeleton.axes
+    stored = jnp.dtype(run.parameter_dtype)
+    return {name: stored if coarse(axes[name]) else jnp.dtype("float32") for name in skeleton.weights}
+
+
 def initial_state(run: Run, skeleton: Skeleton, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step; call it under `jax.jit` or `jax.eval_shape`."""
     params, extra = skeleton.split(build_model(run, jax.random.key(run.seed)))
+    dtypes = parameter_dtypes(run, skeleton)
     # One buffer per counter: the state is donated, and a buffer can be given away only once.
     return TrainState(
-        params,
+        {name: array.astype(dtypes[name]) for name, array in params.items()},
         extra,
         optimizer.init(params),
         step=jnp.zeros((), jnp.int32),
@@ -97,14 +115,21 @@ def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def state_shardings(state: TrainState, skeleton: Skeleton, mesh: jax.sharding.Mesh) -> TrainState:
-    """A tree like `state` of shardings: weights by TRAIN, their moments alike, all else everywhere."""
+def state_shardings(
+    state: TrainState, skeleton: Skeleton, mesh: jax.sharding.Mesh, *, over_data: bool = True
+) -> TrainState:
+    """A tree like `state` of shardings: weights by TRAIN, their moments alike or by OPTIMIZER, all else everywhere.
+
+    over_data: as `optimizer.shard_over_data`.
+    """
     axes = skeleton.axes
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = next((part for part in (_part(key) for key in reversed(path)) if part in axes), None)
         if name is None or leaf.ndim < len(axes[name]):
             return NamedSharding(mesh, P())
+        if over_data and _part(path[0]) == "opt":
+            return moment_sharding(axes[name], leaf.shape, mesh)
         return array_sharding(axes[name], leaf.ndim, mesh, TRAIN)
 
     return jax.tree_util.tree_map_with_path(one, state)
@@ -119,7 +144,7 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, types and shardings of the state; allocates nothing."""
     shapes = jax.eval_shape(lambda: initial_state(run, skeleton, optimizer))
-    shardings = state_shardings(shapes, skeleton, mesh)
+    shardings = state_shardings(shapes, skeleton, mesh, over_data=run.optimizer.shard_over_data)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
 
 

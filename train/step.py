@@ -13,7 +13,9 @@ from jaxtyping import Array
 from configs.run import Run
 from model.transformer import Transformer
 from model.tree import Arrays, Skeleton
+from sharding.rules import constrain_weights
 from train.losses import Parts, Totals, no_parts, totals
+from train.rounding import cast, store
 from train.state import TrainState
 
 Metrics = dict[str, Array]
@@ -36,26 +38,41 @@ class Loss(Protocol):
 
 def make_train_step(run: Run, skeleton: Skeleton, loss: Loss, optimizer: optax.GradientTransformation) -> Step:
     """The step of `run`; to be compiled once, with the state donated."""
+    axes = skeleton.axes
+
+    def own_part(arrays: Arrays) -> Arrays:
+        """What of the weights or gradients this device updates, where copies along `data` share that."""
+        return constrain_weights(arrays, axes, moments=True) if run.optimizer.shard_over_data else arrays
 
     def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
-        gradients, parts = accumulate(run.accumulate, skeleton, loss, state, batch)
+        gradients, parts = accumulate(
+            run.accumulate, skeleton, loss, state, batch, dtype=run.accumulate_dtype, own_part=own_part
+        )
         with jax.named_scope("optimizer"):
+            gradients = cast(gradients, "float32")
             norm = optax.tree.norm(gradients)
             good = jnp.isfinite(norm) & jnp.isfinite(parts.loss)
             if run.spike_factor:
                 good &= (state.step < GUARD_AFTER) | (norm <= run.spike_factor * state.norm_mean)
-            updates, opt = optimizer.update(gradients, state.opt, state.params)
-            params = optax.apply_updates(state.params, updates)
+            old = own_part(state.params)
+            weights = cast(old, "float32")
+            updates, opt = optimizer.update(gradients, state.opt, weights)
+            params = store(jax.tree.map(jnp.add, weights, updates), old, run.seed, state.step)
 
         def if_good(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
 
+        params = if_good(params, old)
+        parameter_norm = optax.tree.norm(cast(params, "float32"))
+        if run.optimizer.shard_over_data:
+            # Rounded and chosen on the parts, so that what is gathered is whole weights in their stored type.
+            params = constrain_weights(own_part(params), axes, moments=False)
         counts_LE = parts.counts_LE
         extra = update_bias(state.extra, counts_LE, run, skeleton)
         mean = jnp.where(state.step == 0, norm, NORM_MEMORY * state.norm_mean + (1 - NORM_MEMORY) * norm)
         skipped = (~good).astype(jnp.int32)
         new = TrainState(
-            params=if_good(params, state.params),
+            params=params,
             extra=if_good(extra, state.extra),
             opt=if_good(opt, state.opt),
             step=state.step + 1,
@@ -67,7 +84,7 @@ def make_train_step(run: Run, skeleton: Skeleton, loss: Loss, optimizer: optax.G
             "loss": parts.loss,
             "z_loss": parts.z_loss,
             "gradient_norm": norm,
-            "parameter_norm": optax.tree.norm(new.params),
+            "parameter_norm": parameter_norm,
             "update_norm": optax.tree.norm(updates),
             "skipped": skipped,
             "bad_steps": new.bad_steps,
@@ -84,12 +101,23 @@ def make_train_step(run: Run, skeleton: Skeleton, loss: Loss, optimizer: optax.G
 
 
 def accumulate(
-    count: int, skeleton: Skeleton, loss: Loss, state: TrainState, batch: dict[str, Array]
+    count: int,
+    skeleton: Skeleton,
+    loss: Loss,
+    state: TrainState,
+    batch: dict[str, Array],
+    *,
+    dtype: str = "float32",
+    own_part: Callable[[Arrays], Arrays] = lambda gradients: gradients,
 ) -> tuple[Arrays, Parts]:
     """Gradients and parts of the loss, summed over `count` micro-batches.
 
     Every micro-batch divides by the totals of the whole step, so that the sum is the gradient of the whole
     batch whatever its parts weigh.
+
+    Args:
+        dtype: of the sums. Gradients come in the type of their weight, and so they leave where nothing is summed.
+        own_part: lays gradients out; the sums are no larger on any device than what it leaves there.
     """
     sums = totals(batch)
 
@@ -100,7 +128,8 @@ def accumulate(
     before = jax.eval_shape(lambda: no_parts(skeleton.merge(state.params, state.extra)))
     before = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), before)
     if count == 1:
-        return gradient(state.params, batch, before)
+        gradients, parts = gradient(state.params, batch, before)
+        return own_part(gradients), parts
 
     # Row r goes to micro-batch r % count, so that each device keeps its own rows.
     micro = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, count, *a.shape[1:]), 1, 0), batch)
@@ -108,9 +137,11 @@ def accumulate(
     def body(carry: tuple[Arrays, Parts], rows: dict[str, Array]) -> tuple[tuple[Arrays, Parts], None]:
         sum_of, before = carry
         part, after = gradient(state.params, rows, before)
-        return (jax.tree.map(jnp.add, sum_of, part), after), None
+        # Added in float32 in any case; the sum alone is stored in `dtype`.
+        total = jax.tree.map(jnp.add, cast(sum_of, "float32"), cast(own_part(part), "float32"))
+        return (cast(total, dtype), after), None
 
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    zeros = own_part({name: jnp.zeros(weight.shape, dtype) for name, weight in state.params.items()})
     (gradients, parts), _ = jax.lax.scan(body, (zeros, before), micro)
     return gradients, parts
 
