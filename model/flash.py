@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sharding.context_parallel import AXIS, context_shards, ring_attention
+from sharding.context_parallel import AXIS, ring_attention
 from sharding.mesh import ContextExchange
 
 MASKED = -1e30

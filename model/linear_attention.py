@@ -37,8 +37,9 @@ def chunked(
 ) -> tuple[Float[Array, "B T N I"], Float[Array, "B N H I"]]:
     """Outputs and the memory after the last token; float32.
 
-    The memory that comes in belongs to document 0; where sequences are cut over devices it is that of the device before,
-    and `state` is not looked at. `documents` never decrease along a row; a token sees those of its own document alone. A token with `g = beta = 0` leaves the memory as it is.
+    The memory that comes in belongs to document 0; where sequences are cut over devices it is that of the device
+    before, and `state` is not looked at. `documents` never decrease along a row; a token sees those of its own document
+    alone. A token with `g = beta = 0` leaves the memory as it is.
 
     Within a chunk the writes depend on each other; in matrix form they solve a unit lower triangular system
     (arXiv 2406.06484, section 3.2, with the decay of 2412.06464, section 3.3).
@@ -63,12 +64,9 @@ def chunked(
     first = from_previous(documents_BT[:, -1:]) if cut else jnp.zeros((batch, 1), documents.dtype)
     before = jnp.concatenate([first[None, :, 0], documents[:-1, :, -1]])
     continues = (documents == before[..., None])[:, :, None]  # [chunks, B, 1, size]: sees the memory that comes in
-    lasts = (documents == documents[..., -1:])[:, :, None]  # is still in the memory that goes out
 
     same = (documents[..., :, None] == documents[..., None, :])[:, :, None] & jnp.tri(size, dtype=bool)
-    # Summed over the document alone: in a sum over all, what other documents add cancels but for rounding.
-    total = jnp.einsum("cbnj,cbnij->cbni", g, jnp.broadcast_to(same, (*g.shape, size)).astype(g.dtype))
-    decay = jnp.where(same, jnp.exp(jnp.where(same, total[..., :, None] - total[..., None, :], 0.0)), 0.0)
+    total, decay = decays(g, same)
 
     def per_value_head(x: Array) -> Array:
         return x if groups == 1 else jnp.repeat(x, groups, axis=2)
@@ -82,8 +80,7 @@ def chunked(
     solved = solve_unit_lower(system, right)
     writes, reads = jnp.split(solved, [v.shape[-1]], axis=-1)
     q_state = q * from_state
-    to_end = jnp.where(lasts, jnp.exp(jnp.where(lasts, total[..., -1:] - total, 0.0)), 0.0)
-    k_end = k * to_end[..., None]
+    k_end = k * decay[..., -1, :, None]
     kept = from_state[..., -1, :][..., None]
 
     def step(state: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
@@ -99,8 +96,44 @@ def chunked(
     return out[:, :length], state_BNHI
 
 
+def decays(g: Float[Array, "*B T"], same: Array) -> tuple[Float[Array, "*B T"], Float[Array, "*B T T"]]:
+    """The sum of g over a token's document up to it, and `exp` of the sum between two tokens, 0 if not `same`.
+
+    Args:
+        same: `[..., T, T]`, whether j is of i's document and not after it.
+    """
+    # Summed over the document alone: in a sum over all, what other documents add cancels but for rounding.
+    total = jnp.einsum("...j,...ij->...i", g, jnp.broadcast_to(same, (*g.shape, g.shape[-1])).astype(g.dtype))
+    return total, _decay(g, same)
+
+
+@jax.custom_vjp
+def _decay(g: Array, same: Array) -> Array:
+    """`exp(sum of g[k] for j < k <= i)` for the pairs that are `same`.
+
+    The gradient is written out: through two sums that are subtracted it would cancel, and lose three digits.
+    """
+    return _decay_forward(g, same)[0]
+
+
+def _decay_forward(g: Array, same: Array) -> tuple[Array, Array]:
+    total = jnp.einsum("...j,...ij->...i", g, jnp.broadcast_to(same, (*g.shape, g.shape[-1])).astype(g.dtype))
+    between = jnp.where(same, total[..., :, None] - total[..., None, :], 0.0)
+    decay = jnp.where(same, jnp.exp(between), 0.0)
+    return decay, decay
+
+
+def _decay_backward(decay: Array, d_decay: Array) -> tuple[Array, None]:
+    size = decay.shape[-1]
+    through = jnp.triu(jnp.ones((size, size), decay.dtype)) @ (d_decay * decay)  # summed over i >= k
+    return jnp.sum(jnp.tril(through, -1), axis=-1), None
+
+
+_decay.defvjp(_decay_forward, _decay_backward)
+
+
 def _summary(writes: Array, reads: Array, k_end: Array, kept: Array) -> tuple[Array, Array]:
-    """What the chunks of `chunked` make of any memory S: `transition @ S + update`, `[B, N, H, H]` and `[B, N, H, I]`."""
+    """`[B, N, H, H]` and `[B, N, H, I]`: the chunks of `chunked` make `transition @ S + update` of any memory S."""
     batch, heads, _, width = k_end.shape[1:]
 
     def step(carry: tuple[Array, Array], inputs: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:

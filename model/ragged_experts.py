@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from model.expert_weights import Activation, Experts, activate
+from sharding.expert_parallel import add_rounds
 
 
 class Order(NamedTuple):
@@ -94,15 +95,15 @@ def _rows(x_MD: Array, window: Window) -> Array:
     return jnp.where(window.real_S1, jnp.take(x_MD, window.token_S, axis=0, mode="clip"), 0)
 
 
-def _add(y_MD: Array, rows_SD: Array, window: Window) -> Array:
-    return y_MD.at[window.token_S].add(jnp.where(window.real_S1, rows_SD, 0), mode="drop")
+def _added(like_MD: Array, rows_SD: Array, window: Window) -> Array:
+    return jnp.zeros_like(like_MD).at[window.token_S].add(jnp.where(window.real_S1, rows_SD, 0), mode="drop")
 
 
-def _turns(order: Order, capacity: int, body: Any, carry: Any) -> Any:
+def _turns(order: Order, capacity: int, body: Any) -> Any:
     """`body` once where one buffer holds all pairs; else as often as these experts have pairs for."""
     if capacity >= len(order.order_R):
-        return body(0, carry)
-    return jax.lax.fori_loop(0, -(-order.ends_E[-1] // capacity), body, carry)
+        return body(0)
+    return add_rounds(body, -(-order.ends_E[-1] // capacity))
 
 
 def _forward(
@@ -111,13 +112,12 @@ def _forward(
     order = _sort(ids_MC, len(params.gate_EDF))
     weights_R = weights_MC.reshape(-1)
 
-    def body(turn: Array | int, y_MD: Array) -> Array:
+    def body(turn: Array | int) -> Array:
         window = _window(order, turn, capacity, ids_MC.shape[1])
         share_S = jnp.take(weights_R, window.pair_S, mode="fill", fill_value=0)
-        return _add(y_MD, weighted(_rows(x_MD, window), share_S, params, window, activation), window)
+        return _added(x_MD, weighted(_rows(x_MD, window), share_S, params, window, activation), window)
 
-    y_MD = _turns(order, capacity, body, jnp.zeros_like(x_MD))
-    return y_MD, (x_MD, ids_MC, weights_MC, params, order)
+    return _turns(order, capacity, body), (x_MD, ids_MC, weights_MC, params, order)
 
 
 def _backward(capacity: int, activation: Activation, saved: tuple, dy_MD: Array) -> tuple:
@@ -125,8 +125,7 @@ def _backward(capacity: int, activation: Activation, saved: tuple, dy_MD: Array)
     x_MD, ids_MC, weights_MC, params, order = saved
     weights_R = weights_MC.reshape(-1)
 
-    def body(turn: Array | int, carry: tuple) -> tuple:
-        dx_MD, dw_R, d_params = carry
+    def body(turn: Array | int) -> tuple:
         window = _window(order, turn, capacity, ids_MC.shape[1])
         share_S = jnp.take(weights_R, window.pair_S, mode="fill", fill_value=0)
         _, pull = jax.vjp(
@@ -137,11 +136,10 @@ def _backward(capacity: int, activation: Activation, saved: tuple, dy_MD: Array)
         )
         d_rows_SD, d_share_S, d_own = pull(_rows(dy_MD, window))
         d_share_S = jnp.where(window.real_S1[:, 0], d_share_S, 0)
-        dw_R = dw_R.at[window.pair_S].add(d_share_S, mode="drop")
-        return _add(dx_MD, d_rows_SD, window), dw_R, jax.tree.map(jnp.add, d_params, d_own)
+        dw_R = jnp.zeros_like(weights_R).at[window.pair_S].add(d_share_S, mode="drop")
+        return _added(x_MD, d_rows_SD, window), dw_R, d_own
 
-    zeros = (jnp.zeros_like(x_MD), jnp.zeros_like(weights_R), jax.tree.map(jnp.zeros_like, params))
-    dx_MD, dw_R, d_params = _turns(order, capacity, body, zeros)
+    dx_MD, dw_R, d_params = _turns(order, capacity, body)
     return dx_MD, None, dw_R.reshape(weights_MC.shape), d_params
 
 

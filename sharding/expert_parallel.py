@@ -26,6 +26,9 @@ BUFFER_FACTOR = 1.25
 """Pairs that one source sends to one expert at a time, as a multiple of an even load; what is left goes in a further
 round."""
 
+OVERFLOW = "overflow_rounds"
+"""Name, in a compiled program, of the loops that run only where a buffer was too small."""
+
 Params = Mapping[str, jax.Array]
 """Weights of one layer's experts; the first dimension is the expert."""
 
@@ -109,6 +112,17 @@ def _ring(x_mD: jax.Array, ids_mC: jax.Array, weights_mC: jax.Array, params: Par
     return jax.lax.psum_scatter(y_MD, "expert", tiled=True)
 
 
+def add_rounds(body: Callable[[jax.Array | int], Any], rounds: jax.Array) -> Any:
+    """The sum of `body(turn)` over the rounds: one at least, and hardly ever another."""
+
+    def more(turn: jax.Array, total: Any) -> Any:
+        return jax.tree.map(jnp.add, total, body(turn))
+
+    first = body(0)
+    with jax.named_scope(OVERFLOW):
+        return jax.lax.fori_loop(1, rounds, more, first)
+
+
 # ---- all_to_all -----------------------------------------------------------------
 class Plan(NamedTuple):
     """This shard's pairs by the expert that they go to.
@@ -136,7 +150,7 @@ def _plan(ids_mC: jax.Array, experts: int, capacity: int) -> Plan:
     return Plan(order_R, first_E, sizes_E, rank_R, rounds)
 
 
-def _sent(plan: Plan, turn: jax.Array, capacity: int) -> jax.Array:
+def _sent(plan: Plan, turn: jax.Array | int, capacity: int) -> jax.Array:
     """`[E, capacity]`: the pairs that this round sends to each expert, `R` where the buffer is empty."""
     pairs = len(plan.order_R)
     rank = turn * capacity + jnp.arange(capacity, dtype=jnp.int32)
@@ -144,7 +158,7 @@ def _sent(plan: Plan, turn: jax.Array, capacity: int) -> jax.Array:
     return jnp.where(rank < plan.sizes_E[:, None], plan.order_R[at], pairs)
 
 
-def _slots(plan: Plan, ids_mC: jax.Array, turn: jax.Array, experts: int, capacity: int) -> jax.Array:
+def _slots(plan: Plan, ids_mC: jax.Array, turn: jax.Array | int, experts: int, capacity: int) -> jax.Array:
     """`[m, C]`: the row of the flattened buffers in which each pair travels this time; beyond their end if in none."""
     rank_mC = plan.rank_R.reshape(ids_mC.shape) - turn * capacity
     here = (ids_mC < experts) & (rank_mC >= 0) & (rank_mC < capacity)
@@ -187,15 +201,14 @@ def _forward(
     plan = _plan(ids_mC, experts, capacity)
     weights_R = weights_mC.reshape(-1)
 
-    def body(turn: jax.Array, y_mD: jax.Array) -> jax.Array:
+    def body(turn: jax.Array | int) -> jax.Array:
         pairs_ES = _sent(plan, turn, capacity)
         rows, share = _to_experts(_take(x_mD, pairs_ES // choices), shards), _take(weights_R, pairs_ES)
         back = _to_tokens(apply(rows, _to_experts(share, shards), params), shards)
         slots_mC = _slots(plan, ids_mC, turn, experts, capacity)
-        return y_mD + _take(back.reshape(-1, back.shape[-1]), slots_mC).sum(1)
+        return _take(back.reshape(-1, back.shape[-1]), slots_mC).sum(1)
 
-    y_mD = jax.lax.fori_loop(0, plan.rounds, body, jnp.zeros_like(x_mD))
-    return y_mD, (x_mD, ids_mC, weights_mC, params, plan)
+    return add_rounds(body, plan.rounds), (x_mD, ids_mC, weights_mC, params, plan)
 
 
 def _backward(apply: Apply, capacity: int, saved: Any, dy_mD: jax.Array) -> tuple[Any, ...]:
@@ -205,20 +218,17 @@ def _backward(apply: Apply, capacity: int, saved: Any, dy_mD: jax.Array) -> tupl
     experts = len(next(iter(params.values()))) * shards
     weights_R = weights_mC.reshape(-1)
 
-    def body(turn: jax.Array, carry: Any) -> Any:
-        dx_mD, dw_mC, d_params = carry
+    def body(turn: jax.Array | int) -> Any:
         pairs_ES = _sent(plan, turn, capacity)
         rows, dy = (_to_experts(_take(a, pairs_ES // choices), shards) for a in (x_mD, dy_mD))
         _, pull = jax.vjp(apply, rows, _to_experts(_take(weights_R, pairs_ES), shards), params)
         d_rows, d_share, d_own = pull(dy)
         slots_mC = _slots(plan, ids_mC, turn, experts, capacity)
         d_rows = _to_tokens(d_rows, shards)
-        dx_mD = dx_mD + _take(d_rows.reshape(-1, d_rows.shape[-1]), slots_mC).sum(1)
-        dw_mC = dw_mC + _take(_to_tokens(d_share, shards).reshape(-1), slots_mC)
-        return dx_mD, dw_mC, jax.tree.map(jnp.add, d_params, d_own)
+        dx_mD = _take(d_rows.reshape(-1, d_rows.shape[-1]), slots_mC).sum(1)
+        return dx_mD, _take(_to_tokens(d_share, shards).reshape(-1), slots_mC), d_own
 
-    zeros = (jnp.zeros_like(x_mD), jnp.zeros_like(weights_mC), jax.tree.map(jnp.zeros_like, params))
-    dx_mD, dw_mC, d_params = jax.lax.fori_loop(0, plan.rounds, body, zeros)
+    dx_mD, dw_mC, d_params = add_rounds(body, plan.rounds)
     return dx_mD, None, dw_mC, d_params
 
 
