@@ -10,6 +10,8 @@ from math import prod
 
 import numpy as np
 
+from sharding.expert_parallel import OVERFLOW
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4}
 UNKNOWN_CYCLES = 1 << 40
@@ -52,15 +54,16 @@ class Program:
     kernels: Mapping[str, int]
 
 
-def read_program(text: str, mesh_shape: Mapping[str, int]) -> Program:
+def read_program(text: str, mesh_shape: Mapping[str, int], overflow: int = 0) -> Program:
     """Reads an optimised program.
 
     Args:
         text: `compiled.as_text()`.
         mesh_shape: size of each axis, in the order of the mesh.
+        overflow: how often loops go round that are for what did not fit into a buffer.
     """
     computations, entry = _computations(text)
-    times, fused = _times(computations, entry)
+    times, fused = _times(computations, entry, overflow)
     found: dict[tuple[str, tuple[str, ...], int, bool], list[int]] = defaultdict(lambda: [0, 0])
     cycles = 0
     kernels: Counter[str] = Counter()
@@ -112,7 +115,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _times(computations: Mapping[str, list[str]], entry: str) -> tuple[Counter[str], set[str]]:
+def _times(computations: Mapping[str, list[str]], entry: str, overflow: int) -> tuple[Counter[str], set[str]]:
     """How often each computation runs, and which of them are the inside of a fusion."""
     times: Counter[str] = Counter()
     fused: set[str] = set()
@@ -126,14 +129,16 @@ def _times(computations: Mapping[str, list[str]], entry: str) -> tuple[Counter[s
                         continue
                     if " fusion(" in line:
                         fused.add(called)
-                    visit(called, often * (_trips(line, computations) if kind == "body" else 1))
+                    visit(called, often * (_trips(line, computations, overflow) if kind == "body" else 1))
 
     visit(entry, 1)
     return times, fused
 
 
-def _trips(line: str, computations: Mapping[str, list[str]]) -> int:
+def _trips(line: str, computations: Mapping[str, list[str]], overflow: int) -> int:
     """How often a loop goes round; where that is not written, the largest constant of its condition."""
+    if OVERFLOW in line:
+        return overflow
     known = re.search(r'known_trip_count":\{"n":"?(\d+)', line)
     if known:
         return int(known[1])
