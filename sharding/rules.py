@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from errors import UserError
 from sharding.mesh import BATCH_AXES
 
 Table = Mapping[str, str | tuple[str, ...] | None]
@@ -72,3 +74,24 @@ def array_sharding(axes: Sequence[str | None], ndim: int, mesh: jax.sharding.Mes
 def batch_sharding(mesh: jax.sharding.Mesh, ndim: int = 2) -> NamedSharding:
     """How a `[B, ...]` array of a batch is laid out."""
     return NamedSharding(mesh, P(BATCH_AXES, *(None,) * (ndim - 1)))
+
+
+def batch_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """Which share of a batch's rows this process feeds, and of how many.
+
+    Processes whose devices hold the same rows, such as two along `tensor`, feed the same share.
+
+    Raises:
+        UserError: two processes hold rows of which some are the same and some are not.
+    """
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    rows: dict[int, set[int]] = {}
+    for device, (index,) in batch_sharding(mesh, 1).devices_indices_map((shards,)).items():
+        rows.setdefault(device.process_index, set()).update(range(shards)[index])
+    shares = sorted({tuple(sorted(mine)) for mine in rows.values()})
+    if sum(map(len, shares)) != shards or len({len(share) for share in shares}) > 1:
+        raise UserError(
+            f"the {shards} parts of a batch do not fall evenly on {len(rows)} processes: {shares[:4]}; "
+            "let mesh.tensor be a multiple or a divisor of the devices of a process"
+        )
+    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
