@@ -50,8 +50,8 @@ def run() -> int:
     if set(sys.argv[1:]).isdisjoint(("-h", "--help", "--version")) and len(sys.argv) > 1:
         restart_with_huge_pages()
     code = main()
-    if code and "sharding.peers" in sys.modules:
-        from sharding.peers import leave
+    if code and "sharding.hosts" in sys.modules:
+        from sharding.hosts import leave
 
         leave(code)
     return code

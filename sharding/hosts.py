@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import threading
 import warnings
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ MARGIN_SECONDS = 30
 
 OPTIONS = ("--coordinator", "--processes", "--process")
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+_STARTED = False
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,8 @@ def _initialize(hosts: Hosts, limit: float, patience: float) -> None:
         except BaseException as exc:
             failure.append(exc)
 
+    global _STARTED
+    _STARTED = True
     thread = threading.Thread(target=initialize, name="join", daemon=True)
     thread.start()
     thread.join(limit)
@@ -166,3 +172,14 @@ def _initialize(hosts: Hosts, limit: float, patience: float) -> None:
     if failure:
         words = " ".join(str(failure[0]).split())[:200]
         raise UserError(f"the processes of this run could not join: {where}: {words}") from failure[0]
+
+
+def leave(code: int) -> None:
+    """Ends a process that failed among others: on the way out jax would wait for them. Does nothing where it is alone.
+
+    What the others should know they were told by `peers.together`.
+    """
+    if _STARTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -96,8 +96,9 @@ def device_grid(shape: tuple[int, ...], devices: Sequence[Any]) -> Any:
     """
     from jax.experimental import mesh_utils
 
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
+    # Machines with GPUs are numbered as slices too; what lies along which axis is the user's choice there.
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices <= 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if shape[0] % slices:
         raise UserError(f"mesh.data={shape[0]} does not divide over {slices} slices, whose links between them are slow")

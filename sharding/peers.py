@@ -216,11 +216,3 @@ def first_alone(turn: str) -> Iterator[None]:
     yield
     if _HERE is not None and not _HERE.index:
         _HERE.first_is_done(turn)
-
-
-def leave(code: int) -> None:
-    """Ends a process that failed while others may live: jax would wait for them on the way out. Else does nothing."""
-    if _HERE is not None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
