@@ -19,8 +19,8 @@ from typing import Any
 from errors import UserError
 from sharding.hosts import Hosts
 
-ALIVE, NOTICE, BEGUN, DONE = "qmax/alive/", "qmax/notice/", "qmax/begun/", "qmax/done/"
-"""Keys: beats of each process; what concerns all; the step that each has begun; turns that are over."""
+ALIVE, NOTICE, BEGUN, FIRST = "qmax/alive/", "qmax/notice/", "qmax/begun/", "qmax/first/"
+"""Keys: beats of each process; what concerns all; the step that each has begun; what process 0 hands over."""
 PERIOD_SECONDS = 1.0
 """How often notes are looked at, or a tenth of the patience where that is less."""
 PART_SECONDS = 600.0
@@ -66,6 +66,7 @@ class Peers:
         self._heard: dict[int, tuple[str, float]] = {}
         self._looked = time.monotonic()
         self._parted = threading.Event()
+        self._failing = False
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
 
     def start(self) -> None:
@@ -103,17 +104,15 @@ class Peers:
                     self._last = max(int(step) for _, step in told)
                     self._changed.notify_all()
 
-    # ---- taking turns -------------------------------------------------------
-    def wait_for_first(self, turn: str) -> None:
-        """Returns when process 0 has called `first_is_done` with the same word, however long that takes."""
+    # ---- the first and the others -------------------------------------------
+    def from_first(self, name: str, text: str = "") -> str:
+        """What process 0 hands over under a name, once it does; its own `text` in process 0."""
+        if self.index == 0:
+            self._client.key_value_set(FIRST + name, text or "-", allow_overwrite=True)
+            return text
         while True:
             with contextlib.suppress(RuntimeError):  # its time is up; the watching thread knows whether to go on
-                self._client.blocking_key_value_get(DONE + turn, 10_000)
-                return
-
-    def first_is_done(self, turn: str) -> None:
-        """Lets those go on who wait for process 0."""
-        self._client.key_value_set(DONE + turn, "1", allow_overwrite=True)
+                return self._client.blocking_key_value_get(FIRST + name, 10_000)
 
     # ---- ending -------------------------------------------------------------
     def fail(self, exc: BaseException) -> None:
@@ -122,6 +121,7 @@ class Peers:
         if any(word in words for word in BROKEN):
             # Most likely somebody died. Who it was is known when its silence has lasted, and then we end in _watch.
             time.sleep(self.patience + 5 * self.period)
+        self._failing = True
         code = 2 if isinstance(exc, UserError) else 130 if isinstance(exc, KeyboardInterrupt) else 1
         said = " ".join(str(exc).split())[:500] or "it was interrupted"
         said = said if isinstance(exc, UserError) else f"{type(exc).__name__}: {said}"
@@ -190,7 +190,7 @@ class Peers:
                 f"process {index} of {self.count} is lost: nothing was heard of it for {value} s; this run has ended, "
                 "start all of its processes again with --resume",
             )
-        elif kind == "failed" and int(index) != self.index:
+        elif kind == "failed" and not self._failing:
             code, _, said = value.partition(" ")
             self._end(int(code), f"process {index} of {self.count} failed, and this run with it: {said}")
 
@@ -212,7 +212,7 @@ def together() -> Iterator[None]:
 def first_alone(turn: str) -> Iterator[None]:
     """Process 0 goes through the block before the others do: what it writes to a shared disk is there for them."""
     if _HERE is not None and _HERE.index:
-        _HERE.wait_for_first(turn)
+        _HERE.from_first(turn)
     yield
     if _HERE is not None and not _HERE.index:
-        _HERE.first_is_done(turn)
+        _HERE.from_first(turn)

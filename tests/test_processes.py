@@ -251,14 +251,14 @@ def test_ctrl_c_in_one_stops_all(config: Path, alone: Path, tmp_path: Path) -> N
 
 
 def test_what_fails_in_one_is_told_by_all(config: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    outs = tmp_path / "run", tmp_path / "file"
     address = f"127.0.0.1:{free_port()}"
-    processes = [start(config, out, 2, only=index, address=address) for index, out in enumerate(outs)]
+    words: tuple[tuple[str, ...], ...] = ((), ("--optimizer.beta1", "0.5"))
+    processes = [start(config, tmp_path / "run", 2, *words[i], only=i, address=address) for i in range(2)]
     ended = finish([*processes[0], *processes[1]])
     assert [code for code, _ in ended] == [2, 2], ended
-    assert f"qmax: {outs[1]} is a file" in ended[1][1]
-    assert f"qmax: process 1 of 2 failed, and this run with it: {outs[1]} is a file" in ended[0][1]
+    sentence = "process 1 was started with optimizer.beta1 = 0.5 and process 0 with 0.9; give all processes"
+    assert f"qmax: {sentence}" in ended[1][1]
+    assert f"qmax: process 1 of 2 failed, and this run with it: {sentence}" in ended[0][1]
 
 
 def test_a_process_that_never_comes_is_one_sentence(config: Path, tmp_path: Path) -> None:
