@@ -49,7 +49,12 @@ def run() -> int:
 
     if set(sys.argv[1:]).isdisjoint(("-h", "--help", "--version")) and len(sys.argv) > 1:
         restart_with_huge_pages()
-    return main()
+    code = main()
+    if code and "sharding.hosts" in sys.modules:
+        from sharding.hosts import leave
+
+        leave(code)
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:

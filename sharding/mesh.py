@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -67,6 +66,11 @@ class MeshConfig:
         return math.prod(self.shape)
 
     @property
+    def words(self) -> str:
+        """Axes and sizes, for people."""
+        return " x ".join(f"{axis}={size}" for axis, size in zip(AXES, self.shape, strict=True))
+
+    @property
     def batch_shards(self) -> int:
         """Parts that the rows of a batch are cut into."""
         return self.data * self.fsdp * self.expert
@@ -81,13 +85,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
     import jax
     from jax.sharding import AxisType
 
-    devices = list(devices or jax.devices())
+    here, devices = devices is None, list(devices or jax.devices())
     if config.num_devices > len(devices):
-        sizes = " x ".join(f"{axis}={size}" for axis, size in config.sizes.items())
         raise UserError(
-            f"the mesh {sizes} needs {config.num_devices} devices and {len(devices)} "
+            f"the mesh {config.words} needs {config.num_devices} devices and {len(devices)} "
             f"{devices[0].platform} device(s) are here; on a CPU, emulate more with "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={config.num_devices}"
+        )
+    if here and config.num_devices < len(devices) and jax.process_count() > 1:
+        raise UserError(
+            f"the mesh {config.words} uses {config.num_devices} of the {len(devices)} devices of "
+            f"{jax.process_count()} processes; a run of several processes uses all of them"
         )
     grid = device_grid(config.shape, devices[: config.num_devices])
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -101,8 +109,9 @@ def device_grid(shape: tuple[int, ...], devices: Sequence[Any]) -> Any:
     """
     from jax.experimental import mesh_utils
 
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
+    # Machines with GPUs are numbered as slices too; what lies along which axis is the user's choice there.
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices <= 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if shape[0] % slices:
         raise UserError(f"mesh.data={shape[0]} does not divide over {slices} slices, whose links between them are slow")
@@ -122,22 +131,3 @@ def platform() -> str:
         return jax.default_backend()
     kind = device.device_kind.lower()
     return kind if kind == "cpu" else "tpu" if kind.startswith("tpu") else "gpu"
-
-
-def join_hosts() -> None:
-    """Joins the other processes of a run over several hosts; does nothing where this process is alone.
-
-    Cloud TPU VMs tell each other by TPU_WORKER_HOSTNAMES; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
-    and JAX_PROCESS_ID do. Call it before anything asks for devices.
-    """
-    import jax
-
-    workers = [name for name in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
-    if os.environ.get("JAX_NUM_PROCESSES"):
-        jax.distributed.initialize(
-            os.environ["JAX_COORDINATOR_ADDRESS"],
-            int(os.environ["JAX_NUM_PROCESSES"]),
-            int(os.environ["JAX_PROCESS_ID"]),
-        )
-    elif len(workers) > 1:
-        jax.distributed.initialize()

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from errors import UserError
 from sharding.mesh import BATCH_AXES
 
 Table = Mapping[str, str | tuple[str, ...] | None]
@@ -147,3 +148,24 @@ def constrain_weights(
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """How a `[B, T]` array of a batch is laid out."""
     return NamedSharding(mesh, P(BATCH_AXES, "context"))
+
+
+def batch_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """Which share of a batch's rows this process feeds, and of how many.
+
+    Processes whose devices hold the same rows, such as two along `tensor` or `context`, feed the same share.
+
+    Raises:
+        UserError: two processes hold rows of which some are the same and some are not.
+    """
+    shards = prod(mesh.shape[axis] for axis in BATCH_AXES)
+    rows: dict[int, set[int]] = {}
+    for device, (index,) in NamedSharding(mesh, P(BATCH_AXES)).devices_indices_map((shards,)).items():
+        rows.setdefault(device.process_index, set()).update(range(shards)[index])
+    shares = sorted({tuple(sorted(mine)) for mine in rows.values()})
+    if sum(map(len, shares)) != shards or len({len(share) for share in shares}) > 1:
+        raise UserError(
+            f"the {shards} parts of a batch do not fall evenly on {len(rows)} processes: {shares[:4]}; "
+            "let mesh.tensor be a multiple or a divisor of the devices of a process"
+        )
+    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)

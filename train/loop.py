@@ -12,8 +12,10 @@ import numpy as np
 
 from configs.override import to_dict
 from errors import UserError
+from sharding.rules import batch_share
 from train.data.loader import REFERENCE, VALIDATION
 from train.device import device_peak_flops, memory_in_use
+from train.maintenance import heed_maintenance
 from train.metrics import MetricsLog, Throughput
 from train.optimizer import schedule
 from train.progress import TrainProgress
@@ -27,7 +29,6 @@ class Pending:
     """A step whose metrics are still on the device."""
 
     step: int
-    tokens: int
     metrics: dict[str, jax.Array]
     more: dict[str, Any]
 
@@ -35,7 +36,7 @@ class Pending:
 class Recorder:
     """Writes each step's record once, a step late, so that the devices never wait for the log."""
 
-    def __init__(self, job: Job, log: MetricsLog | None, bar: TrainProgress, clock: Throughput) -> None:
+    def __init__(self, job: Job, log: MetricsLog | None, bar: TrainProgress | None, clock: Throughput) -> None:
         self.job, self.log, self.bar, self.clock = job, log, bar, clock
         run = job.run
         self.rate = schedule(run.optimizer, run.steps, run.optimizer.learning_rate)
@@ -57,13 +58,12 @@ class Recorder:
         if pending is None:
             return
         values = {name: np.asarray(value) for name, value in jax.device_get(pending.metrics).items()}
-        seconds = self.clock.step(pending.tokens)
+        seconds = self.clock.step(int(values["tokens"]))
         rate = self.clock.rate
         record: dict[str, Any] = {name: value.tolist() for name, value in values.items()}
         bad = record.pop("bad_steps")
         record |= {
             "learning_rate": float(np.asarray(self.rate(pending.step - 1))),
-            "tokens": pending.tokens,
             "seconds": seconds,
             "tokens_per_second": rate,
             "mfu": rate * self.flops_per_token / self.peak if rate and self.peak else None,
@@ -75,7 +75,8 @@ class Recorder:
         self.last = record
         if self.log and (pending.step % self.job.run.log_every == 0 or pending.more):
             self.log.log(pending.step, record)
-        self.bar.update(pending.step, loss=record["loss"], tokens_per_second=rate)
+        if self.bar:
+            self.bar.update(pending.step, loss=record["loss"], tokens_per_second=rate)
         if bad >= self.job.run.max_bad_steps:
             raise UserError(
                 f"{bad} steps in a row had a loss or gradient that is not finite or a spike and were skipped; "
@@ -95,7 +96,7 @@ def validate(job: Job, step: Any, state: TrainState) -> dict[str, float]:
 def held_out_loss(job: Job, step: Any, state: TrainState, which: str, prefix: str) -> dict[str, float]:
     """What one set of held-out rows gives, its bits per byte under a name with `prefix`."""
     count, sums = job.run.validation_batches, np.zeros(2)
-    for rows in job.data.validation_batches(count, jax.process_index(), jax.process_count(), which):
+    for rows in job.data.validation_batches(count, *batch_share(job.mesh), which):
         sums += np.asarray(jax.device_get(step(state, job.place(rows))), np.float64)
     if not sums[1]:
         return {}
@@ -106,19 +107,19 @@ def held_out_loss(job: Job, step: Any, state: TrainState, which: str, prefix: st
 
 def train(job: Job, *, resume: bool) -> dict[str, Any]:
     """Runs `job` to its last step, or until it is asked to stop; returns what the last record says."""
-    run, start = job.run, job.resume_from
+    run, start, first = job.run, job.resume_from, jax.process_index() == 0
     if resume:
         say(
             f"nothing to resume in {job.out}: starting afresh"
             if start is None
             else f"resuming {job.out} at step {start}"
         )
-    with jax.set_mesh(job.mesh), stop_on_signal() as stop:
+    with jax.set_mesh(job.mesh), stop_on_signal() as stop, heed_maintenance(stop):
         state = job.start() if start is None else job.restore(start)
         clock = Throughput()
         with (
-            MetricsLog(job.out, resume_step=start) if jax.process_index() == 0 else nullcontext() as log,
-            TrainProgress(run.steps, start or 0, run.objective) as bar,
+            MetricsLog(job.out, resume_step=start) if first else nullcontext() as log,
+            TrainProgress(run.steps, start or 0, run.objective) if first else nullcontext() as bar,
         ):
             recorder = Recorder(job, log, bar, clock)
             try:
@@ -136,16 +137,15 @@ def run_steps(job: Job, state: TrainState, start: int, recorder: Recorder, stop:
     """The steps from `start` on; returns the number of steps done."""
     run = job.run
     step_function, validation = job.compiled_step(), job.compiled_validation()
-    batches = job.data.train_batches(start, jax.process_index(), jax.process_count())
-    done, asked = start, bool(stop.reason)
+    batches = job.data.train_batches(start, *batch_share(job.mesh))
+    done, asked = start, stop.agreed(start)
     while done < run.steps and not asked:
         done += 1
         rows = next(batches)
-        tokens = int(np.count_nonzero(rows["segments"])) * jax.process_count()
         batch = job.place(rows)
         with jax.transfer_guard("disallow"):
             state, metrics = step_function(state, batch)
-        recorder.push(Pending(done, tokens, metrics, {}))
+        recorder.push(Pending(done, metrics, {}))
         last = done == run.steps
         more: dict[str, float] = {}
         if last or (run.validate_every and done % run.validate_every == 0):
@@ -153,7 +153,7 @@ def run_steps(job: Job, state: TrainState, start: int, recorder: Recorder, stop:
                 more = validate(job, validation, state)
             assert recorder.pending is not None
             recorder.pending.more |= more
-        asked = bool(stop.reason)  # looked at once: who asks after this is heard after the next step
+        asked = stop.agreed(done)  # looked at once: who asks after this is heard after the next step
         if last or asked or done % run.checkpoint.every == 0:
             recorder.flush()
             with recorder.clock.pause():

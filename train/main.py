@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
-from configs.override import apply_overrides, config_docstring, describe, find_config, load_config
+from configs.override import apply_overrides, config_docstring, describe, find_config, load_config, to_dict
 from configs.run import Run
 from errors import UserError
-from sharding.mesh import join_hosts
+from sharding.hosts import OPTIONS, Hosts, find_hosts, join_hosts
+from sharding.peers import peers, together
 from sharding.runtime import configure_jax, emulate_devices
+from train.data.system import be_quiet
 
 USAGE = """usage: qmax train CONFIG [--FIELD VALUE ...] [--resume] [--json FILE]
 
@@ -21,6 +25,15 @@ name of one in configs/. Any field can be given another value:
 
   --resume     continue from the newest good checkpoint in --out; starts afresh when there is none
   --json FILE  write the last step's metrics there
+  --stopped-code N  exit code of a run that was asked to stop before its last step (default 0): for
+               a supervisor that starts again only what has failed
+
+Several processes, each of which runs the same command (sharding/README.md). Cloud TPU VMs, GKE, Slurm
+and Open MPI are found without these; so are JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID:
+
+  --coordinator HOST:PORT  where process 0 can be reached
+  --processes N            how many there are
+  --process I              which one this is, from 0
 
 `qmax train CONFIG --help` lists every field with its value and meaning."""
 
@@ -56,22 +69,73 @@ def train_main(argv: list[str]) -> int:
         print(f"{USAGE}\n\n{config_docstring(find_config(name))}\n\n{describe(load_config(name))}")
         return 0
     resume = bool(take(words, "--resume", value=False))
-    json_file = take(words, "--json", value=True)
+    json_file = text_of(words, "--json")
+    stopped_code = exit_code(text_of(words, "--stopped-code") or "0")
+    coordinator, processes, process = (text_of(words, option) for option in OPTIONS)
+    hosts = find_hosts((coordinator, processes, process))
     run = apply_overrides(load_config(name), words)
     out = Path(run.out or Path("runs") / Path(name).stem)
-    result = train_run(run, out, resume=resume)
-    if isinstance(json_file, str):
-        from terminal import write_json
+    with together():
+        result = train_run(run, out, resume=resume, hosts=hosts)
+        if json_file and is_first():
+            from terminal import write_json
 
-        write_json(json_file, result)
-    return 0
+            write_json(json_file, result)
+    return stopped_code if result["stopped"] else 0
 
 
-def train_run(run: Run, out: Path, *, resume: bool) -> dict[str, object]:
-    """Trains `run` into the directory `out`; returns the first and last records."""
-    emulate_devices(run.mesh.num_devices)
+def text_of(words: list[str], flag: str) -> str | None:
+    """Removes `flag` and its value from `words`; returns the value."""
+    found = take(words, flag, value=True)
+    return found if isinstance(found, str) else None
+
+
+def exit_code(text: str) -> int:
+    """The value of --stopped-code."""
+    if not text.isdecimal() or int(text) > 255:
+        raise UserError(f"--stopped-code={text!r} must be a number from 0 to 255")
+    return int(text)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes for all; jax has started."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def check_alike(asked: dict[str, Any]) -> None:
+    """Refuses a process that was started with another config than process 0: neither would get on."""
+    others = peers()
+    if others is None:
+        return
+
+    def flat(part: Any, path: str = "") -> dict[str, str]:
+        if not isinstance(part, dict):
+            return {path: json.dumps(part)}
+        return {k: v for name, value in part.items() for k, v in flat(value, f"{path}.{name}".strip(".")).items()}
+
+    mine, first = flat(asked), flat(json.loads(others.from_first("config", json.dumps(asked))))
+    for name in sorted(mine.keys() | first.keys()):
+        if mine.get(name) != first.get(name):
+            raise UserError(
+                f"process {others.index} was started with {name} = {mine.get(name)} and process 0 with "
+                f"{first.get(name)}; give all processes of a run the same command"
+            )
+
+
+def train_run(run: Run, out: Path, *, resume: bool, hosts: Hosts | None = None) -> dict[str, object]:
+    """Trains `run` into the directory `out`; returns the first and last records.
+
+    Args:
+        hosts: the processes that do it together, as `find_hosts` gives them; None leaves it to jax to find out.
+    """
+    emulate_devices(-(-run.mesh.num_devices // (hosts.processes if hosts else 1)))
     configure_jax()
-    join_hosts()
+    join_hosts(hosts)
+    check_alike({**to_dict(run), "resume": resume})
+    if not is_first():
+        be_quiet()
     from train.loop import train
     from train.metrics import read_metrics
     from train.setup import find_start, prepare_job, say

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from configs.override import to_dict
 from configs.run import Run
@@ -24,7 +27,8 @@ from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from model.tree import Skeleton
 from sharding.mesh import make_mesh
-from sharding.rules import batch_sharding
+from sharding.peers import first_alone
+from sharding.rules import batch_sharding, batch_share
 from train.data.loader import DataSets, open_data
 from train.data.sources import expand
 from train.data.system import explain_disk
@@ -41,6 +45,8 @@ from train.state import (
 )
 from train.step import make_train_step, make_validation_step
 
+SHARED_SECONDS = 60.0
+"""How long a network disk may take to show one host what another wrote."""
 VOCABULARY_MULTIPLE = 64
 """A vocabulary taken from the tokenizer is rounded up to this, so that it divides over a mesh."""
 
@@ -134,9 +140,14 @@ class Job:
     """What the rows of tokens begin as that the origin has not."""
 
     def place(self, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This host's rows as part of the global batch, on the devices."""
-        sharding = batch_sharding(self.mesh)
-        return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in rows.items()}
+        """This host's rows as part of the global batch, on the devices, each of which takes its part of them."""
+        sharding, (_, shares) = batch_sharding(self.mesh), batch_share(self.mesh)
+
+        def one(value: np.ndarray) -> jax.Array:
+            whole = (len(value) * shares, *value.shape[1:])
+            return jax.make_array_from_process_local_data(sharding, value, whole)
+
+        return {name: one(value) for name, value in rows.items()}
 
     def loss(
         self, model: Transformer, rows: dict[str, jax.Array], sums: Totals, before: Parts
@@ -148,11 +159,13 @@ class Job:
         """The train step, compiled at its first call; the state that it is given is used up."""
         step = make_train_step(self.run, self.skeleton, self.loss, self.optimizer)
         layout = jax.tree.map(lambda a: a.sharding, self.abstract)
-        return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+        # What is read on the host is whole on every process.
+        return jax.jit(step, donate_argnums=0, out_shardings=(layout, NamedSharding(self.mesh, P())))
 
     def compiled_validation(self) -> Callable[..., jax.Array]:
         """The validation step, compiled at its first call."""
-        return jax.jit(make_validation_step(self.skeleton, self.loss))
+        step = make_validation_step(self.skeleton, self.loss)
+        return jax.jit(step, out_shardings=NamedSharding(self.mesh, P()))
 
     def restore(self, step: int) -> TrainState:
         """The state of a checkpoint, laid out on this run's mesh."""
@@ -212,10 +225,14 @@ def prepare_job(run: Run, out: Path, checkpoints: Checkpoints, start: int | None
         say(f"init_from={run.init_from} is used as the config says, not as it was trained: {'; '.join(different)}")
     with nothing_left(out):
         expand([*run.data.sources, *run.data.validation, *run.data.reference])
-        data = open_data(run, tokenizer, cache)
-        if jax.process_index() == 0:
-            with explain_disk(out, "free some and run again"):
-                write_run(run, out, tokenizer)
+        with first_alone("data"):
+            data = open_data(run, tokenizer, cache)
+        with first_alone("run directory"):
+            if jax.process_index() == 0:
+                with explain_disk(out, "free some and run again"):
+                    write_run(run, out, tokenizer)
+            else:
+                check_shared(out)
     return Job(run, out, tokenizer, data, mesh, skeleton, optimizer, abstract, checkpoints, start, origin, new_rows)
 
 
@@ -226,6 +243,18 @@ def check_place(path: Path, option: str) -> None:
         raise UserError(f"{there} is a file; choose another directory with {option}")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"may not write to {there}; choose another directory with {option}")
+
+
+def check_shared(out: Path) -> None:
+    """Refuses a run directory that process 0 has written and this one does not see."""
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not (out / "config.json").exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"process {jax.process_index()} does not see {out}, which process 0 has written; "
+                "name a directory that all hosts share with --out"
+            )
+        time.sleep(0.2)
 
 
 def check_same(asked: Mapping[str, Any], stored: Mapping[str, Any], what: str) -> None:

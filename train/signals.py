@@ -9,20 +9,43 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from sharding.peers import Peers, peers
+
 
 class StopRequest:
-    """Whether somebody asked the run to stop, and how."""
+    """Whether somebody asked the run to stop, and how.
 
-    def __init__(self) -> None:
+    Args:
+        others: the other processes of the run, who are asked to stop as well.
+    """
+
+    def __init__(self, others: Peers | None = None) -> None:
         self.reason = ""
+        self._others = others
+
+    def ask(self, reason: str) -> None:
+        """Asks the run to stop after a step."""
+        self.reason = self.reason or reason
+        if self._others is not None:
+            self._others.stop(reason)
+
+    def agreed(self, step: int) -> bool:
+        """Whether the run ends after `step`; every process is told the same. Call it once after each step."""
+        if self._others is None:
+            return bool(self.reason)
+        if not self._others.stops_after(step):
+            return False
+        self.reason = self._others.asked
+        return True
 
     def take(self, number: int) -> None:
         """Notes the first signal; leaves at once on a second Ctrl-C (the last checkpoint is whole either way)."""
         if self.reason and number == signal.SIGINT:
             os._exit(130)
-        self.reason = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         insist = "another Ctrl-C" if number == signal.SIGINT else "Ctrl-C"
-        print(f"\n{self.reason}: saving after this step; {insist} leaves at once", file=sys.stderr, flush=True)
+        self.ask(name)
+        print(f"\n{name}: saving after this step; {insist} leaves at once", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -31,7 +54,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
     A thread listens: Python runs handlers in the main thread alone, and that may sit in a compilation for minutes.
     """
-    request = StopRequest()
+    request = StopRequest(peers())
     numbers = (signal.SIGTERM, signal.SIGINT)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

@@ -82,6 +82,7 @@ def make_train_step(run: Run, skeleton: Skeleton, loss: Loss, optimizer: optax.G
         )
         metrics: Metrics = {
             "loss": parts.loss,
+            "tokens": jnp.sum(batch["segments"] > 0),
             "z_loss": parts.z_loss,
             "gradient_norm": norm,
             "parameter_norm": parameter_norm,

@@ -14,10 +14,18 @@ from pathlib import Path
 
 from errors import UserError
 
+_QUIET = threading.Event()
+
+
+def be_quiet() -> None:
+    """Silences `say` in this process: another one of the same run says the same."""
+    _QUIET.set()
+
 
 def say(text: str) -> None:
     """A line for the person who waits, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    if not _QUIET.is_set():
+        print(text, file=sys.stderr, flush=True)
 
 
 def commit(temporary: Path, path: Path) -> None:
