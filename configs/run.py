@@ -251,6 +251,10 @@ def check_model(run: Run) -> None:
             f"model.max_positions={run.model.max_positions}"
         )
     check_divides(run.model, run.mesh)
+    if run.data.sequence_length % run.mesh.context:
+        raise UserError(
+            f"data.sequence_length={run.data.sequence_length} does not divide over mesh.context={run.mesh.context}"
+        )
     if run.loss.bias_update_rate and not run.model.moe.selection_bias:
         raise UserError("loss.bias_update_rate needs model.moe.selection_bias true")
 

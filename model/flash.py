@@ -7,6 +7,7 @@ the gradient needs the scores again, and no more.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,8 @@ def over_context(
 
     With `all_gather` every device has all keys for a while, and reads them all for each of its queries.
     """
+    out: Array
+    lse: Array
     attend, pull = partial(attend_piece, window=window), partial(pull_piece, window=window)
     if exchange == "ring" and segments_BT.shape[1] % 2 == 0:
         out, lse = ring_attention(q_BKGTH, k_BKSH, v_BKSI, segments_BT, attend, pull)
@@ -56,16 +59,18 @@ def to_all_keys(
     return attend_piece(q, k, v, q_segments, k_segments, q_start, 0, window)
 
 
-def _forward(*args):
-    out, lse = to_all_keys(*args)
-    return (out, lse), (args[:6], out, lse)
+def _forward(
+    q: Array, k: Array, v: Array, q_segments: Array, k_segments: Array, q_start: Array, window: int | None
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    out, lse = attend_piece(q, k, v, q_segments, k_segments, q_start, 0, window)
+    return (out, lse), (q, k, v, q_segments, k_segments, q_start, out, lse)
 
 
-def _backward(window, saved, cotangents):
-    (q, k, v, *places), out, lse = saved
+def _backward(window: int | None, saved: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    q, k, v, q_segments, k_segments, q_start, out, lse = saved
     d_out, d_lse = cotangents
     delta = jnp.sum(out * d_out, axis=-1) - d_lse
-    gradients = pull_piece(q, k, v, *places, 0, lse, delta, d_out, window)
+    gradients = pull_piece(q, k, v, q_segments, k_segments, q_start, 0, lse, delta, d_out, window)
     return *(d.astype(x.dtype) for d, x in zip(gradients, (q, k, v), strict=True)), None, None, None
 
 
@@ -106,7 +111,8 @@ def attend_piece(
         shares = jnp.exp(scores - lse[..., None]).astype(v_BKSI.dtype)
         return jnp.einsum("bkgts,bksi->bkgti", shares, v_BKSI, preferred_element_type=jnp.float32), lse
 
-    return _join(jax.lax.map(block, _blocks(q_BKGTH, q_segments, q_start)))
+    out, lse = jax.lax.map(block, _blocks(q_BKGTH, q_segments, q_start))
+    return _join(out), _join(lse)
 
 
 def pull_piece(
@@ -128,7 +134,7 @@ def pull_piece(
         lse: over all keys of the queries. delta: `sum(out * d_out)`, less the gradient of lse.
     """
 
-    def block(carry: tuple[Array, Array], rows: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
+    def block(carry: tuple[Array, Array], rows: Any) -> tuple[tuple[Array, Array], Array]:
         d_k, d_v = carry
         (q, segments, start), (lse, delta, d_out) = rows
         scores = _scores(q, k_BKSH, _visible(segments, k_segments, start, k_start, window))
@@ -144,7 +150,7 @@ def pull_piece(
     size = _block_size(q_BKGTH.shape[3])
     more = tuple(_split(x, size, 3) for x in (lse_BKGT, delta_BKGT, d_out_BKGTI))
     (d_k, d_v), d_q = jax.lax.scan(block, zeros, (_blocks(q_BKGTH, q_segments, q_start), more))
-    return _join((d_q,))[0], d_k, d_v
+    return _join(d_q), d_k, d_v
 
 
 def _block_size(length: int) -> int:
@@ -162,7 +168,7 @@ def _blocks(q_BKGTH: Array, segments_BT: Array, start: Array | int) -> tuple[Arr
     return _split(q_BKGTH, size, 3), _split(segments_BT, size, 1), start + jnp.arange(0, length, size)
 
 
-def _join(blocks: tuple[Array, ...]) -> tuple[Array, ...]:
+def _join(blocks: Array) -> Array:
     """The inverse of `_split` along the queries, dimension 3."""
-    moved = (jnp.moveaxis(x, 0, 3) for x in blocks)
-    return tuple(x.reshape(*x.shape[:3], -1, *x.shape[5:]) for x in moved)
+    moved = jnp.moveaxis(blocks, 0, 3)
+    return moved.reshape(*moved.shape[:3], -1, *moved.shape[5:])

@@ -154,9 +154,10 @@ def spread(run: Callable[[Any, Any], tuple[Any, Any]], module: nnx.Module, token
 
 
 def spread_stacks(
-    model: Transformer, x_BTD: Array, context: Context, cache: None, replay: Array | None
+    model: Transformer, x_BTD: Array, context: Context, cache: Cache | None, replay: Array | None
 ) -> tuple[Array, list[BlockOutput]]:
-    """`run_stacks` on each device's own tokens."""
+    """`run_stacks` on each device's own tokens; without a cache."""
+    assert cache is None
 
     def run(own: Transformer, tokens: tuple[Array, Context, Array | None]) -> tuple[Any, Any]:
         x_BTD, context, replay_BTLC = tokens

@@ -10,24 +10,19 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array
 
 from errors import UserError
-from model.cache import Cache, empty_cache, layer_axes
-from model.config import ModelConfig
-from model.forward import Batch, continuation, forward, unembed
 from model.transformer import Transformer
-from model.tree import Skeleton, make_skeleton, unstack
-from serve.sampling import SamplingArrays, SamplingParams, sample, sampling_arrays
+from serve.sampling import SamplingParams, sampling_arrays
+from serve.steps import Rows, State, decode, decode_weights, prefill, unpack
 from sharding.mesh import BATCH_AXES
-from sharding.rules import DECODE, array_sharding, constrain
 
 OnToken = Callable[[int, int, float], None]
 
@@ -63,25 +58,6 @@ class Completion:
     def content(self) -> list[int]:
         """The tokens without the one that ended the reply."""
         return self.tokens[:-1] if self.finish_reason == "stop" else self.tokens
-
-
-@struct.dataclass
-class Rows:
-    """What stays the same for each row: how to sample, when to stop (`-1` fills up), and after how many tokens."""
-
-    sampling: SamplingArrays
-    stop_BX: Int[Array, "B X"]
-    max_tokens_B: Int[Array, " B"]
-
-
-@struct.dataclass
-class State:
-    """What changes with each step: the cache, each row's last token, tokens so far, and whether it goes on."""
-
-    cache: Cache
-    last_B: Int[Array, " B"]
-    step_B: Int[Array, " B"]
-    live_B: Bool[Array, " B"]
 
 
 @dataclass
@@ -159,8 +135,17 @@ class Generator:
         self.max_rows, self.deterministic = max_rows, deterministic
         self._structure: Any = None
         self.update(model)
-        self.prefill_step = jax.jit(self._prefill, static_argnames="capacity")
-        self.decode_step = jax.jit(self._decode, donate_argnums=1)
+        limit = tokenizer.vocab_size
+
+        def prefill_step(leaves: list[Array], *inputs: Any, capacity: int) -> tuple[State, Array]:
+            model = jax.tree.unflatten(self._structure, leaves)
+            return prefill(model, *inputs, capacity=capacity, vocab_limit=limit)
+
+        def decode_step(leaves: list[Array], *inputs: Any) -> tuple[State, Array]:
+            return decode(jax.tree.unflatten(self._structure, leaves), *inputs, vocab_limit=limit)
+
+        self.prefill_step = jax.jit(prefill_step, static_argnames="capacity")
+        self.decode_step = jax.jit(decode_step, donate_argnums=1)
 
     def update(self, model: Transformer) -> None:
         """Takes the weights of `model`, of the same sizes as before; nothing is compiled anew."""
@@ -292,85 +277,3 @@ class Generator:
 
     def _replicated(self) -> Any:
         return None if self.mesh is None else jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-
-    # ---- compiled ---------------------------------------------------------
-    def _prefill(
-        self, leaves: list[Array], tokens_BT: Array, lengths_B: Array, rows: Rows, *, capacity: int
-    ) -> tuple[State, Array]:
-        """Reads prompts, padded on the right, into a new cache and samples the first token of each row."""
-        model: Transformer = jax.tree.unflatten(self._structure, leaves)
-        count, length = tokens_BT.shape
-        none_B = jnp.zeros(count, jnp.int32)
-        batch = continuation(tokens_BT, none_B, jnp.arange(length)[None] < lengths_B[:, None])
-        cache = empty_cache(model.config, count, capacity, model.dtype)
-        return self._advance(model, batch, State(cache, none_B, none_B, lengths_B > 0), rows)
-
-    def _decode(self, leaves: list[Array], state: State, rows: Rows) -> tuple[State, Array]:
-        """One more token of every live row."""
-        model: Transformer = jax.tree.unflatten(self._structure, leaves)
-        batch = continuation(state.last_B[:, None], state.cache.lengths_B, state.live_B[:, None])
-        return self._advance(model, batch, state, rows)
-
-    def _advance(self, model: Transformer, batch: Batch, state: State, rows: Rows) -> tuple[State, Array]:
-        """Forward, logits of each row's last token, sampling, and who goes on."""
-        result = forward(model, batch, state.cache)
-        assert result.cache is not None
-        last_B = jnp.maximum(jnp.sum(batch.segments_BT, axis=1) - 1, 0)
-        hidden_BD = jnp.take_along_axis(result.hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
-        logits_BV = unembed(model, hidden_BD)
-        with jax.named_scope("sample"):
-            tokens_B, logprobs_B = sample(logits_BV, rows.sampling, state.step_B, vocab_limit=self.tokenizer.vocab_size)
-        step_B = state.step_B + state.live_B
-        ended_B = jnp.any(tokens_B[:, None] == rows.stop_BX, axis=1) | (step_B >= rows.max_tokens_B)
-        output = pack(jnp.where(state.live_B, tokens_B, -1), logprobs_B)
-        return lay_out(model.config, State(result.cache, tokens_B, step_B, state.live_B & ~ended_B)), output
-
-
-def pack(tokens_B: Array, logprobs_B: Float[Array, " B"]) -> Int[Array, "2 B"]:
-    """Tokens and log-probabilities as one array: one copy to the host costs less than two."""
-    packed = jnp.stack([tokens_B, jax.lax.bitcast_convert_type(logprobs_B, jnp.int32)])
-    return constrain(packed, None, None)
-
-
-def unpack(output: Array) -> tuple[list[int], list[float]]:
-    """What `pack` packed, on the host; waits for the step to finish."""
-    tokens, bits = np.asarray(output)
-    return tokens.tolist(), bits.view(np.float32).tolist()
-
-
-def lay_out(config: ModelConfig, state: State) -> State:
-    """`state` spread over the mesh in force in the same way after every step, so that it can be donated."""
-    cache = state.cache
-    layers = tuple(
-        tuple(constrain(array, *axes) for array, axes in zip(arrays, layer_axes(config, layer), strict=True))
-        for layer, arrays in enumerate(cache.layers)
-    )
-    return State(
-        replace(cache, layers=layers, lengths_B=constrain(cache.lengths_B, "batch")),
-        *(constrain(array, "batch") for array in (state.last_B, state.step_B, state.live_B)),
-    )
-
-
-def decode_weights(model: Transformer, mesh: jax.sharding.Mesh | None) -> Transformer:
-    """`model` as decoding wants it: one array per layer, in the type it computes in, laid out on `mesh`.
-
-    Arrays that are right already are shared, not copied. The router stays in float32: it computes in that.
-    """
-
-    def place(variable: nnx.Variable) -> nnx.Variable:
-        axes, value = variable.get_metadata().get("axes") or (), variable[...]
-        if isinstance(variable, nnx.Param) and axes[:1] != ("router",):
-            value = value.astype(model.dtype)
-        if mesh is not None:
-            value = jax.device_put(value, array_sharding(axes, value.ndim, mesh, DECODE))
-        return variable.replace(value)
-
-    return jax.tree.map(place, unstacked(model), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-
-
-def unstacked(model: Transformer) -> Transformer:
-    """`model` with one array per layer; itself if it has that form."""
-    if not model.stacked:
-        return model
-    listed = make_skeleton(model.config, stacked=False, dtype=model.dtype)
-    return listed.merge(*(unstack(arrays, model.config) for arrays in Skeleton(model).split(model)))

@@ -24,6 +24,9 @@ from sharding.rules import TRAIN, spec, without
 GATHERED = "gathered"
 """Name of gathered weights, for `keep_all_but_gathered`."""
 
+LANES = 128
+"""Width of a TPU's registers."""
+
 TOKENS = P(BATCH_AXES, "context")
 """How a `[B, T, ...]` array is cut."""
 
@@ -89,13 +92,15 @@ def _scatter(dimension: int, _: None, d_leaf: jax.Array) -> tuple[jax.Array]:
     """The sum over `fsdp` of this device's shard.
 
     TPUs scatter along any dimension but the last, for which the compiler takes twice the traffic (an all-reduce, and
-    a slice of it): so the shards are put in a dimension of their own, in front.
+    a slice of it): so the shards are put in a dimension of their own, in front of full lanes.
     """
     if dimension < d_leaf.ndim - 1:
         return (jax.lax.psum_scatter(d_leaf, "fsdp", scatter_dimension=dimension, tiled=True),)
     shards = jax.lax.axis_size("fsdp")
     parts = jnp.moveaxis(d_leaf.reshape(*d_leaf.shape[:-1], shards, -1), -2, 0)
-    return (jax.lax.psum_scatter(parts, "fsdp", scatter_dimension=0),)
+    lanes = LANES if parts[0].size % LANES == 0 else 1
+    part = jax.lax.psum_scatter(parts.reshape(shards, -1, lanes), "fsdp", scatter_dimension=0)
+    return (part.reshape(parts.shape[1:]),)
 
 
 _gather.defvjp(lambda leaf, dimension: (_gather(leaf, dimension), None), _scatter)

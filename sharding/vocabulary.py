@@ -1,6 +1,7 @@
 """A vocabulary cut over `tensor`, its embedding over `fsdp` too: rows looked up, and what losses need of all logits.
 
-Neither ever has the whole table of an embedding on a device, nor all logits of a token.
+Neither ever has the whole table of an embedding on a device, nor all logits of a token. For a loss the vocabulary is
+cut over `expert` too, and the tokens there come together: the gradient of a whole head would be the largest of all.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from sharding.data_parallel import TOKENS, divides
 from sharding.mesh import TOKEN_AXES
 from sharding.rules import TRAIN, spec
 
-EMBEDDING, HEAD = spec(("vocab", "embed"), TRAIN), spec(("embed", "vocab"), TRAIN)
+EMBEDDING = spec(("vocab", "embed"), TRAIN)
+PARTS = ("expert", "tensor")
+"""Axes that the vocabulary of a loss is cut over, where it divides; else `tensor` alone."""
+
+
+Parts = tuple[str, ...]
+"""Axes that a vocabulary is cut over; none outside of `on_own_logits`."""
 
 
 def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -48,40 +55,46 @@ def on_own_logits(
 
     Args:
         function: gives sums over tokens, and None or gradients: of `hidden`, from this part of the vocabulary, and
-            of `head`, from these tokens. Inside, `over_vocabulary` adds up and `vocabulary_start` tells the part.
+            of `head`, from these tokens. Where the vocabulary is cut it also gets `parts`, the axes for
+            `over_vocabulary` and `vocabulary_start`.
 
     Returns:
         The sums over all devices; and the gradients, laid out as what they are of.
     """
     if not divides(hidden_BTD.shape[:2]):
         return function(hidden_BTD, head_DV, *tokens)
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = PARTS if head_DV.shape[1] % (mesh.shape["expert"] * mesh.shape["tensor"]) == 0 else ("tensor",)
+    together = "expert" in parts
+    rest = tuple(axis for axis in TOKEN_AXES if axis != "fsdp" and axis not in parts)
 
     def local(hidden_btD: jax.Array, head_dv: jax.Array, *tokens: jax.Array) -> tuple[Any, Any]:
         head_Dv = jax.lax.all_gather(head_dv.astype(hidden_btD.dtype), "fsdp", tiled=True)
-        sums, gradients = function(hidden_btD, head_Dv, *tokens)
-        sums = jax.lax.psum(sums, TOKEN_AXES)
+        if together:
+            hidden_btD = jax.lax.all_gather(hidden_btD, "expert", tiled=True)
+            tokens = tuple(jax.lax.all_gather(x, "expert", tiled=True) for x in tokens)
+        sums, gradients = function(hidden_btD, head_Dv, *tokens, parts=parts)
+        sums = jax.lax.psum(sums, tuple(axis for axis in TOKEN_AXES if axis not in parts))
         if gradients is None:
             return sums, None
         d_hidden, d_head = gradients
+        if together:
+            d_hidden = jax.lax.psum_scatter(d_hidden, "expert", tiled=True)
         d_head = jax.lax.psum_scatter(d_head, "fsdp", tiled=True)
-        d_head = jax.lax.psum(d_head, tuple(axis for axis in TOKEN_AXES if axis != "fsdp"))
-        return sums, (jax.lax.psum(d_hidden, "tensor"), d_head)
+        return sums, (jax.lax.psum(d_hidden, "tensor"), jax.lax.psum(d_head, rest))
 
-    specs = (TOKENS, HEAD, *(TOKENS for _ in tokens))
-    return shard_map(local, in_specs=specs, out_specs=(P(), (TOKENS, HEAD)), check_vma=False)(
+    head = P("fsdp", parts)
+    specs = (TOKENS, head, *(TOKENS for _ in tokens))
+    return shard_map(local, in_specs=specs, out_specs=(P(), (TOKENS, head)), check_vma=False)(
         hidden_BTD, head_DV, *tokens
     )
 
 
-def over_vocabulary(reduce: Callable[[jax.Array, str], jax.Array], x: jax.Array) -> jax.Array:
+def over_vocabulary(reduce: Callable[[jax.Array, tuple[str, ...]], jax.Array], x: jax.Array, parts: Parts) -> jax.Array:
     """`reduce`, such as `jax.lax.psum`, over the parts of the vocabulary; `x` itself where there is one part."""
-    return reduce(x, "tensor") if _is_cut() else x
+    return reduce(x, parts) if parts else x
 
 
-def vocabulary_start(part: int) -> jax.Array | int:
-    """The first token of this device's part, of `part` tokens."""
-    return jax.lax.axis_index("tensor") * part if _is_cut() else 0
-
-
-def _is_cut() -> bool:
-    return "tensor" in jax.sharding.get_abstract_mesh().manual_axes
+def vocabulary_start(size: int, parts: Parts) -> jax.Array | int:
+    """The first token of this device's part, of `size` tokens."""
+    return jax.lax.axis_index(parts) * size if parts else 0

@@ -70,7 +70,8 @@ def exchanged(exchange, x_MD, ids_MC, weights_MC, params, kind: Activation = "sw
 
     def local(leaves, tokens):
         whole = [gather(leaf, AXES[name], leaf.dtype) for name, leaf in zip(names, leaves, strict=True)]
-        return run(*(a[:, 0] for a in tokens), dict(zip(names, whole, strict=True)))[:, None], ()
+        x, ids, shares = (a[:, 0] for a in tokens)
+        return run(x, ids, shares, dict(zip(names, whole, strict=True)))[:, None], ()
 
     tokens = (x_MD, jnp.asarray(ids_MC), weights_MC)
     if not training or not divides((len(x_MD), 1)):

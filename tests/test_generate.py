@@ -23,8 +23,9 @@ from errors import UserError
 from model.config import ModelConfig, MoEConfig
 from model.moe import MoE
 from model.transformer import Transformer
-from serve.generate import Completion, Generator, Rows, bucket
+from serve.generate import Completion, Generator, bucket
 from serve.sampling import SamplingParams, sampling_arrays
+from serve.steps import Rows
 from sharding.mesh import MeshConfig, make_mesh
 
 CONFIG = ModelConfig(

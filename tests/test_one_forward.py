@@ -20,8 +20,9 @@ from model.cache import empty_cache
 from model.config import LatentAttentionConfig, LinearAttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from model.forward import Batch, continuation, forward, unembed
 from model.transformer import Transformer
-from serve.generate import Generator, unstacked
+from serve.generate import Generator
 from serve.sampling import SamplingParams
+from serve.steps import unstacked
 
 VOCAB, TOKENS = 64, 61
 TINY = ModelConfig(

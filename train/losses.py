@@ -102,9 +102,16 @@ def _cross_entropy(
 
 
 def _own_cross_entropy(
-    hidden_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array, *, z_weight: float, gradients: bool
+    hidden_BTD: Array,
+    head_DV: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    *,
+    z_weight: float,
+    gradients: bool,
+    parts: tuple[str, ...] = (),
 ) -> tuple[tuple[Array, Array, Array], tuple[Any, Any] | None]:
-    """`_cross_entropy` of one device's tokens, with its part of the vocabulary."""
+    """`_cross_entropy` of one device's tokens, with its part of the vocabulary, which is cut over the axes `parts`."""
     batch, length, width = hidden_BTD.shape
     vocab = head_DV.shape[1]
     size = chunk_length(batch, length, vocab)
@@ -116,12 +123,12 @@ def _own_cross_entropy(
         x_BtD, targets_Bt, weights_Bt = inputs
         logits = jnp.matmul(x_BtD, head_DV, preferred_element_type=jnp.float32)
         logits = constrain(logits, "batch", "length", "vocab")
-        top = over_vocabulary(jax.lax.pmax, logits.max(-1, keepdims=True))
+        top = over_vocabulary(jax.lax.pmax, logits.max(-1, keepdims=True), parts)
         exponentials = jnp.exp(logits - top)
-        total = over_vocabulary(jax.lax.psum, exponentials.sum(-1, keepdims=True))
+        total = over_vocabulary(jax.lax.psum, exponentials.sum(-1, keepdims=True), parts)
         log_z = (jnp.log(total) + top)[..., 0]
-        is_target = vocabulary_start(vocab) + jnp.arange(vocab) == targets_Bt[..., None]
-        picked = over_vocabulary(jax.lax.psum, jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1))
+        is_target = vocabulary_start(vocab, parts) + jnp.arange(vocab) == targets_Bt[..., None]
+        picked = over_vocabulary(jax.lax.psum, jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1), parts)
         nll += jnp.sum(weights_Bt * (log_z - picked))
         z += jnp.sum(weights_Bt * jnp.square(log_z))
         if not gradients:

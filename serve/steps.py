@@ -1,0 +1,156 @@
+"""The compiled steps of generation: reading prompts, and one more token of every row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float, Int
+
+from model.cache import Cache, empty_cache, layer_axes
+from model.config import ModelConfig
+from model.forward import Batch, continuation, forward, unembed
+from model.transformer import Transformer
+from model.tree import Skeleton, make_skeleton, unstack
+from serve.sampling import SamplingArrays, sample
+from sharding.rules import DECODE, array_sharding, constrain
+
+
+@struct.dataclass
+class Rows:
+    """What stays the same for each row: how to sample, when to stop (`-1` fills up), and after how many tokens."""
+
+    sampling: SamplingArrays
+    stop_BX: Int[Array, "B X"]
+    max_tokens_B: Int[Array, " B"]
+
+
+@struct.dataclass
+class State:
+    """What changes with each step: the cache, each row's last token, tokens so far, and whether it goes on."""
+
+    cache: Cache
+    last_B: Int[Array, " B"]
+    step_B: Int[Array, " B"]
+    live_B: Bool[Array, " B"]
+
+
+def prefill(
+    model: Transformer,
+    tokens_BT: Int[Array, "B T"],
+    lengths_B: Int[Array, " B"],
+    rows: Rows,
+    *,
+    capacity: int,
+    vocab_limit: int,
+) -> tuple[State, Int[Array, "2 B"]]:
+    """Reads prompts, padded on the right, into a new cache and samples the first token of each row.
+
+    Args:
+        capacity: positions of the cache. vocab_limit: rows of the embedding that are tokens.
+    """
+    count, length = tokens_BT.shape
+    none_B = jnp.zeros(count, jnp.int32)
+    batch = continuation(tokens_BT, none_B, jnp.arange(length)[None] < lengths_B[:, None])
+    cache = empty_cache(model.config, count, capacity, model.dtype)
+    return _advance(model, batch, State(cache, none_B, none_B, lengths_B > 0), rows, vocab_limit)
+
+
+def decode(model: Transformer, state: State, rows: Rows, *, vocab_limit: int) -> tuple[State, Int[Array, "2 B"]]:
+    """One more token of every live row."""
+    batch = continuation(state.last_B[:, None], state.cache.lengths_B, state.live_B[:, None])
+    return _advance(model, batch, state, rows, vocab_limit)
+
+
+def _advance(model: Transformer, batch: Batch, state: State, rows: Rows, vocab_limit: int) -> tuple[State, Array]:
+    """Forward, logits of each row's last token, sampling, and who goes on."""
+    result = forward(model, batch, state.cache)
+    assert result.cache is not None
+    last_B = jnp.maximum(jnp.sum(batch.segments_BT, axis=1) - 1, 0)
+    hidden_BD = jnp.take_along_axis(result.hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
+    logits_BV = unembed(model, hidden_BD)
+    with jax.named_scope("sample"):
+        tokens_B, logprobs_B = sample(logits_BV, rows.sampling, state.step_B, vocab_limit=vocab_limit)
+    step_B = state.step_B + state.live_B
+    ended_B = jnp.any(tokens_B[:, None] == rows.stop_BX, axis=1) | (step_B >= rows.max_tokens_B)
+    output = pack(jnp.where(state.live_B, tokens_B, -1), logprobs_B)
+    return lay_out(model.config, State(result.cache, tokens_B, step_B, state.live_B & ~ended_B)), output
+
+
+def pack(tokens_B: Array, logprobs_B: Float[Array, " B"]) -> Int[Array, "2 B"]:
+    """Tokens and log-probabilities as one array: one copy to the host costs less than two."""
+    packed = jnp.stack([tokens_B, jax.lax.bitcast_convert_type(logprobs_B, jnp.int32)])
+    return constrain(packed, None, None)
+
+
+def unpack(output: Array) -> tuple[list[int], list[float]]:
+    """What `pack` packed, on the host; waits for the step to finish."""
+    tokens, bits = np.asarray(output)
+    return tokens.tolist(), bits.view(np.float32).tolist()
+
+
+def lay_out(config: ModelConfig, state: State) -> State:
+    """`state` spread over the mesh in force in the same way after every step, so that it can be donated."""
+    cache = state.cache
+    layers = tuple(
+        tuple(constrain(array, *axes) for array, axes in zip(arrays, layer_axes(config, layer), strict=True))
+        for layer, arrays in enumerate(cache.layers)
+    )
+    return State(
+        replace(cache, layers=layers, lengths_B=constrain(cache.lengths_B, "batch")),
+        *(constrain(array, "batch") for array in (state.last_B, state.step_B, state.live_B)),
+    )
+
+
+def decode_weights(model: Transformer, mesh: jax.sharding.Mesh | None) -> Transformer:
+    """`model` as decoding wants it: one array per layer, in the type it computes in, laid out on `mesh`.
+
+    Arrays that are right already are shared, not copied. The router stays in float32: it computes in that.
+    """
+
+    def place(variable: nnx.Variable, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        value = variable[...].astype(wanted.dtype)
+        return value if mesh is None else jax.device_put(value, wanted.sharding)
+
+    return _each(unstacked(model), model.dtype, mesh, place)
+
+
+def abstract_weights(config: ModelConfig, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None) -> Transformer:
+    """Shapes, types and layout of `decode_weights`; allocates nothing."""
+    skeleton = make_skeleton(config, stacked=False, dtype=dtype)
+    arrays: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for name, shape in skeleton.shapes.items():
+        arrays[name not in skeleton.weights][name] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    model = skeleton.merge(*arrays)
+    return _each(model, dtype, mesh, lambda _, wanted: wanted)
+
+
+def _each(
+    model: Transformer,
+    dtype: jnp.dtype,
+    mesh: jax.sharding.Mesh | None,
+    place: Callable[[nnx.Variable, jax.ShapeDtypeStruct], Any],
+) -> Transformer:
+    """`model` with `place(variable, how it should be)` for each of its arrays."""
+
+    def one(variable: nnx.Variable) -> nnx.Variable:
+        axes, value = variable.get_metadata().get("axes") or (), variable.get_value()
+        plain = isinstance(variable, nnx.Param) and axes[:1] != ("router",)
+        layout = None if mesh is None else array_sharding(axes, value.ndim, mesh, DECODE)
+        wanted = jax.ShapeDtypeStruct(value.shape, dtype if plain else value.dtype, sharding=layout)
+        return variable.replace(place(variable, wanted))
+
+    return jax.tree.map(one, model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def unstacked(model: Transformer) -> Transformer:
+    """`model` with one array per layer; itself if it has that form."""
+    if not model.stacked:
+        return model
+    listed = make_skeleton(model.config, stacked=False, dtype=model.dtype)
+    return listed.merge(*(unstack(arrays, model.config) for arrays in Skeleton(model).split(model)))
