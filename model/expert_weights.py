@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from sharding.mesh import platform
 
 Activation = Literal["swiglu", "clamped"]
 
@@ -15,11 +17,15 @@ CLAMP = 7.0
 
 
 class Experts(NamedTuple):
-    """Weights of one layer's experts: `gate` and `up` `[E, D, F]`, `down` `[E, F, D]`, and biases where it has them."""
+    """Weights of one layer's experts, and biases where it has them.
+
+    `down` lies as the others do, outputs before inputs: so the width that is cut over devices is never the last
+    dimension, along which a TPU cannot gather without moving everything about.
+    """
 
     gate_EDF: Float[Array, "E D F"]
     up_EDF: Float[Array, "E D F"]
-    down_EFD: Float[Array, "E F D"]
+    down_EDF: Float[Array, "E D F"]
     gate_bias_EF: Float[Array, "E F"] | None = None
     up_bias_EF: Float[Array, "E F"] | None = None
     down_bias_ED: Float[Array, "E D"] | None = None
@@ -43,15 +49,25 @@ def hidden_of(rows: Array, params: Experts) -> tuple[Array, Array]:
     return plus(rows @ params.gate_EDF, params.gate_bias_EF), plus(rows @ params.up_EDF, params.up_bias_EF)
 
 
+def made(x: Any) -> Any:
+    """`x`, kept in memory on a TPU: there the compiler would make it anew for each product that reads it."""
+    return jax.lax.optimization_barrier(x) if platform() == "tpu" else x
+
+
+def down(hidden: Array, params: Experts) -> Array:
+    """The last product, `[..., rows, D]`, of hidden rows `[..., rows, F]`; without the bias."""
+    return hidden @ jnp.swapaxes(params.down_EDF, -1, -2)
+
+
 def on_own_rows(rows: Array, params: Experts, activation: Activation, share: Array | None = None) -> Array:
     """Each expert of `params` on its own rows, `[..., rows, D]`; times `share` `[..., rows]`, if there is one.
 
     The share comes before the last product: so its gradient does not need what that gives.
     """
-    hidden = activate(*hidden_of(rows, params), activation)
     if share is None:
-        return plus(hidden @ params.down_EFD, params.down_bias_ED)
-    out = (hidden * share[..., None]) @ params.down_EFD
+        return plus(down(activate(*hidden_of(rows, params), activation), params), params.down_bias_ED)
+    gate, up = made(hidden_of(rows, params))
+    out = down(made(activate(gate, up, activation) * share[..., None]), params)
     return out if params.down_bias_ED is None else out + params.down_bias_ED[..., None, :] * share[..., None]
 
 

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from model.expert_weights import Activation, Experts, activate, expert_at, hidden_of, on_own_rows, plus
-from model.ragged_experts import ragged
+from model.expert_weights import Activation, Experts, activate, down, expert_at, hidden_of, on_own_rows, plus
+from model.ragged_experts import packed, ragged
 from sharding.mesh import platform
 from sharding.rules import constrain
 
@@ -56,6 +56,22 @@ def run_experts(
     if tokens == 1:
         return per_pair(x_MD, ids_MC, weights_MC, params, activation)
     return grouped(x_MD, ids_MC, weights_MC, params, 0, decode_block(pairs, experts), activation)
+
+
+def on_received_rows(
+    rows_XESD: Float[Array, "X E S D"],
+    share_XES: Float[Array, "X E S"],
+    counts_XE: Int[Array, "X E"],
+    params: Experts,
+    activation: Activation = "swiglu",
+) -> Float[Array, "X E S D"]:
+    """Each expert on the rows that X shards sent it, times their shares. Beyond `counts` rows mean nothing."""
+    if platform() != "cpu":
+        return packed(rows_XESD, share_XES, counts_XE, params, activation)
+    shards, experts, size, width = rows_XESD.shape
+    rows, share = (a.swapaxes(0, 1).reshape(experts, shards * size, *a.shape[3:]) for a in (rows_XESD, share_XES))
+    out = on_own_rows(rows, params, activation, share)
+    return out.reshape(experts, shards, size, width).swapaxes(0, 1)
 
 
 def rounded(size: float, multiple: int) -> int:
@@ -187,7 +203,7 @@ def grouped_forward(
     if capacity:
         rows = to_buffers(x_MD, plan, capacity, choices)
         gate, up = hidden_of(rows, params)
-        out = plus(activate(gate, up, activation) @ params.down_EFD, params.down_bias_ED).reshape(-1, width)
+        out = plus(down(activate(gate, up, activation), params), params.down_bias_ED).reshape(-1, width)
         out_MCD = jnp.take(out, plan.slot_R, axis=0, mode="fill", fill_value=0).reshape(tokens, choices, width)
         y_MD = jnp.einsum("mcd,mc->md", out_MCD, weights_MC)
 
@@ -211,10 +227,10 @@ def expert_gradients(
     the rows, of the share, and of the weights.
     """
     hidden, pull = jax.vjp(partial(activate, kind=activation), gate, up)
-    through = dy @ jnp.swapaxes(params.down_EFD, -1, -2)
+    through = dy @ params.down_EDF
     d_share = jnp.sum(through * hidden, axis=-1)
     d_gate, d_up = pull(through * share[..., None])
-    d_down = jnp.swapaxes(hidden * share[..., None], -1, -2) @ dy
+    d_down = jnp.swapaxes(dy, -1, -2) @ (hidden * share[..., None])
     d_rows = d_gate @ jnp.swapaxes(params.gate_EDF, -1, -2) + d_up @ jnp.swapaxes(params.up_EDF, -1, -2)
     rows_t = jnp.swapaxes(rows, -1, -2)
     d_biases = ()

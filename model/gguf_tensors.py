@@ -39,21 +39,22 @@ class Bias:
 
 @dataclass(frozen=True)
 class Experts:
-    """A matrix for each expert in one tensor, outputs before inputs: `[E, F, D]` of theirs as `[E, D, F]`."""
+    """A matrix for each expert in one tensor, outputs before inputs; ours has `[E, D, F]`, whichever of them D is."""
 
     theirs: str
     name: str
+    turned: bool = True
 
     @property
     def ours(self) -> tuple[str, ...]:
         return (self.name,)
 
     def expected(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        experts, inputs, outputs = shapes[self.name]
-        return {self.theirs: (experts, outputs, inputs)}
+        experts, width, hidden = shapes[self.name]
+        return {self.theirs: (experts, hidden, width) if self.turned else (experts, width, hidden)}
 
     def read(self, get: Get, shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
-        yield self.name, get(self.theirs).swapaxes(1, 2)
+        yield self.name, get(self.theirs).swapaxes(1, 2) if self.turned else get(self.theirs)
 
 
 def model_rules(config: ModelConfig, *, interleaved: bool) -> list[Reading]:
@@ -96,6 +97,7 @@ def _feed_forward(config: ModelConfig, layer: int, theirs: str, block: str) -> l
     names = {"gate": "gate_DF", "up": "up_DF", "down": "down_FD"}
     if not config.is_moe(layer):
         return [norm, *(Matrix(f"{theirs}ffn_{name}.weight", (Part(ours + own),)) for name, own in names.items())]
-    names = {"gate": "gate_EDF", "up": "up_EDF", "down": "down_EFD"}
+    names = {"gate": "gate_EDF", "up": "up_EDF", "down": "down_EDF"}
     router = Matrix(f"{theirs}ffn_gate_inp.weight", (Part(f"{ours}router_DE"),))
-    return [norm, router, *(Experts(f"{theirs}ffn_{name}_exps.weight", ours + own) for name, own in names.items())]
+    matrices = (Experts(f"{theirs}ffn_{name}_exps.weight", ours + own, name != "down") for name, own in names.items())
+    return [norm, router, *matrices]

@@ -8,8 +8,8 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig, MoEConfig
-from model.expert_weights import Experts, on_own_rows
-from model.experts import run_experts
+from model.expert_weights import Experts
+from model.experts import on_received_rows, run_experts
 from model.layers import FeedForward, Keys, weight
 from sharding.expert_parallel import spread_experts
 from sharding.mesh import Exchange
@@ -98,7 +98,7 @@ class MoE(nnx.Module):
         self.router_bias_E = nnx.Param(jnp.zeros(E, jnp.float32), axes=(None,)) if moe.bias else None
         self.gate_EDF = weight(keys, (E, D, F), ("expert", "embed", "mlp"), D)
         self.up_EDF = weight(keys, (E, D, F), ("expert", "embed", "mlp"), D)
-        self.down_EFD = weight(keys, (E, F, D), ("expert", "mlp", "embed"), F, residual_layers=layers)
+        self.down_EDF = weight(keys, (E, D, F), ("expert", "embed", "mlp"), F, residual_layers=layers)
         for name, size, axis in (("gate_bias_EF", F, "mlp"), ("up_bias_EF", F, "mlp"), ("down_bias_ED", D, "embed")):
             bias = nnx.Param(jnp.zeros((E, size), jnp.float32), axes=("expert", axis)) if moe.bias else None
             setattr(self, name, bias)
@@ -141,7 +141,9 @@ class MoE(nnx.Module):
                 compute=lambda x, ids, weights, params, shards: run_experts(
                     x, ids, weights, Experts(**params), training=training, activation=kind, shards=shards
                 ),
-                apply=lambda rows, share, params: on_own_rows(rows, Experts(**params), kind, share),
+                apply=lambda rows, share, counts, params: on_received_rows(
+                    rows, share, counts, Experts(**params), kind
+                ),
             )
         y_BTD = constrain(y_MD.reshape(shape), "batch", "length", "embed")
         if self.shared is not None:

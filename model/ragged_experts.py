@@ -28,15 +28,15 @@ class Order(NamedTuple):
 class Window(NamedTuple):
     """The pairs of one buffer of S rows.
 
-    pair_S, token_S: of each row; beyond the end where the row is empty. real_S1: whether it is not. sizes_E: rows of
-    each expert. expert_S: of each row.
+    pair_S, token_S: of each row; beyond the end where the row is empty. sizes_E: rows of each expert. expert_S: of each
+    row. real_S1: whether a row is not empty.
     """
 
     pair_S: Array
     token_S: Array
-    real_S1: Array
     sizes_E: Array
     expert_S: Array
+    real_S1: Array
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -57,21 +57,106 @@ def ragged(
 
 
 def weighted(
-    rows_SD: Array, share_S: Array, params: Experts, window: Window, activation: Activation
+    rows_SD: Array,
+    share_S: Array,
+    params: Experts,
+    sizes_E: Array,
+    expert_S: Array,
+    real_S1: Array,
+    activation: Activation,
 ) -> Float[Array, "S D"]:
-    """Each row through its expert, times its share. The share comes before the last product, as in `on_own_rows`."""
+    """Rows sorted by expert through their experts, times their shares, which come before the last product.
 
-    def product(rows_SX: Array, weight: Array, bias: Array | None, share_S1: Array | int = 1) -> Array:
-        # Products of bfloat16 are exact as they are; the TPU's kernel refuses to be asked for more.
-        exact = None if rows_SX.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-        out_SY = jax.lax.ragged_dot(rows_SX, weight, window.sizes_E, precision=exact)
-        return out_SY if bias is None else out_SY + bias[window.expert_S] * share_S1
+    Args:
+        sizes_E: rows of each expert. expert_S: of each row. real_S1: whether a row is of any.
+    """
 
-    gate_SF = product(rows_SD, params.gate_EDF, params.gate_bias_EF)
-    up_SF = product(rows_SD, params.up_EDF, params.up_bias_EF)
+    def plus(out_SX: Array, bias_EX: Array | None, share_S1: Array | int = 1) -> Array:
+        return out_SX if bias_EX is None else out_SX + bias_EX[expert_S] * share_S1
+
+    gate_SF = plus(into(rows_SD, params.gate_EDF, sizes_E), params.gate_bias_EF)
+    up_SF = plus(into(rows_SD, params.up_EDF, sizes_E), params.up_bias_EF)
     # Rows past the last group are undefined in the kernels.
-    hidden_SF = jnp.where(window.real_S1, activate(gate_SF, up_SF, activation), 0) * share_S[:, None]
-    return product(hidden_SF, params.down_EFD, params.down_bias_ED, share_S[:, None])
+    hidden_SF = jnp.where(real_S1, activate(gate_SF, up_SF, activation), 0) * share_S[:, None]
+    return plus(out_of(hidden_SF, params.down_EDF, sizes_E), params.down_bias_ED, share_S[:, None])
+
+
+def _product(x_SX: Array, y: Array, sizes_E: Array, contracted: tuple[int, int], grouped: bool) -> Array:
+    """A ragged product: of rows with each group's own matrix (`grouped`), or of two sets of rows to one matrix each."""
+    numbers = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((contracted[0],), (contracted[1],)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[0] if grouped else [],
+    )
+    # Products of bfloat16 are exact as they are; the TPU's kernel refuses to be asked for more.
+    exact = None if x_SX.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jax.lax.ragged_dot_general(x_SX, y, sizes_E, numbers, precision=exact)
+
+
+@jax.custom_vjp
+def into(rows_SD: Array, weight_EDF: Array, sizes_E: Array) -> Float[Array, "S F"]:
+    """Rows times the matrix of their expert, from the width of the model to that of the expert.
+
+    With the gradients written out no weight is ever transposed in memory.
+    """
+    return _product(rows_SD, weight_EDF, sizes_E, (1, 1), True)
+
+
+@jax.custom_vjp
+def out_of(hidden_SF: Array, weight_EDF: Array, sizes_E: Array) -> Float[Array, "S D"]:
+    """The way back, by a weight that lies the same way."""
+    return _product(hidden_SF, weight_EDF, sizes_E, (1, 2), True)
+
+
+def _into_backward(saved: tuple[Array, ...], d_out_SF: Array) -> tuple[Array, Array, None]:
+    rows_SD, weight_EDF, sizes_E = saved
+    return out_of(d_out_SF, weight_EDF, sizes_E), _product(rows_SD, d_out_SF, sizes_E, (0, 0), False), None
+
+
+def _out_of_backward(saved: tuple[Array, ...], d_out_SD: Array) -> tuple[Array, Array, None]:
+    hidden_SF, weight_EDF, sizes_E = saved
+    return into(d_out_SD, weight_EDF, sizes_E), _product(d_out_SD, hidden_SF, sizes_E, (0, 0), False), None
+
+
+into.defvjp(lambda *args: (into(*args), args), _into_backward)
+out_of.defvjp(lambda *args: (out_of(*args), args), _out_of_backward)
+
+
+def packed(
+    rows_XESD: Array, share_XES: Array, counts_XE: Array, params: Experts, activation: Activation = "swiglu"
+) -> Float[Array, "X E S D"]:
+    """Rows that X shards sent, each expert's put one after the other and through it, and back to where they were.
+
+    Of the S rows from one shard for one expert the first `counts` mean something: no others are computed, and what
+    stands in their places afterwards is not to be read.
+    """
+    shards, experts, size, width = rows_XESD.shape
+    count = shards * experts * size
+    place_XES = jnp.arange(count, dtype=jnp.int32).reshape(shards, experts, size)
+    real_XES = jnp.arange(size) < counts_XE[..., None]
+    place_S, real_S = (a.swapaxes(0, 1).reshape(-1) for a in (place_XES, real_XES))
+    to_S = jnp.where(real_S, jnp.cumsum(real_S, dtype=jnp.int32) - 1, count)
+    from_S = jnp.full(count, count, jnp.int32).at[to_S].set(place_S, mode="drop")
+    back_S = jnp.full(count, count, jnp.int32).at[place_S].set(to_S)
+    sizes_E = counts_XE.sum(0)
+    expert_S = jnp.minimum(jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(count), side="right"), experts - 1)
+    real_S1 = (jnp.arange(count) < sizes_E.sum())[:, None]
+    rows_SD = permute(rows_XESD.reshape(count, width), from_S, back_S)
+    share_S = permute(share_XES.reshape(count, 1), from_S, back_S)[:, 0]
+    out_SD = weighted(rows_SD, share_S, params, sizes_E, expert_S, real_S1, activation)
+    return permute(out_SD, back_S, from_S).reshape(rows_XESD.shape)
+
+
+@jax.custom_vjp
+def permute(x_SD: Array, index_S: Array, inverse_S: Array) -> Array:
+    """`x[index]`; anything where the index is beyond the end. With the inverse its gradient is a gather too."""
+    return jnp.take(x_SD, index_S, axis=0, mode="clip")
+
+
+permute.defvjp(
+    lambda x_SD, index_S, inverse_S: (permute(x_SD, index_S, inverse_S), inverse_S),
+    lambda inverse_S, dy_SD: (jnp.take(dy_SD, inverse_S, axis=0, mode="clip"), None, None),
+)
 
 
 def _sort(ids_MC: Array, experts: int) -> Order:
@@ -88,7 +173,7 @@ def _window(order: Order, turn: Array | int, capacity: int, choices: int) -> Win
     pair_S = jnp.where(real_S, order.order_R[jnp.minimum(at_S, pairs - 1)], pairs)
     ends_E = jnp.clip(order.ends_E - start, 0, capacity)
     expert_S = jnp.searchsorted(order.ends_E, at_S, side="right").astype(jnp.int32)
-    return Window(pair_S, pair_S // choices, real_S[:, None], jnp.diff(ends_E, prepend=0), expert_S)
+    return Window(pair_S, pair_S // choices, jnp.diff(ends_E, prepend=0), expert_S, real_S[:, None])
 
 
 def _rows(x_MD: Array, window: Window) -> Array:
@@ -115,7 +200,8 @@ def _forward(
     def body(turn: Array | int) -> Array:
         window = _window(order, turn, capacity, ids_MC.shape[1])
         share_S = jnp.take(weights_R, window.pair_S, mode="fill", fill_value=0)
-        return _added(x_MD, weighted(_rows(x_MD, window), share_S, params, window, activation), window)
+        out_SD = weighted(_rows(x_MD, window), share_S, params, *window[2:], activation)
+        return _added(x_MD, out_SD, window)
 
     return _turns(order, capacity, body), (x_MD, ids_MC, weights_MC, params, order)
 
@@ -129,7 +215,7 @@ def _backward(capacity: int, activation: Activation, saved: tuple, dy_MD: Array)
         window = _window(order, turn, capacity, ids_MC.shape[1])
         share_S = jnp.take(weights_R, window.pair_S, mode="fill", fill_value=0)
         _, pull = jax.vjp(
-            lambda rows, share, params: weighted(rows, share, params, window, activation),
+            lambda rows, share, params: weighted(rows, share, params, *window[2:], activation),
             _rows(x_MD, window),
             share_S,
             params,

@@ -36,8 +36,9 @@ Compute = Callable[[jax.Array, jax.Array, jax.Array, Params, int], jax.Array]
 """`sum_c weights[m, c] * expert[ids[m, c]](x[m])` as `(x_MD, ids_MC, weights_MC, params, shards) -> y_MD`; an id beyond
 the last expert means nothing, and about one in `shards` is not."""
 
-Apply = Callable[[jax.Array, jax.Array, Params], jax.Array]
-"""`(rows_ESD, share_ES, params) -> out_ESD`: each expert on its own rows, times their shares."""
+Apply = Callable[[jax.Array, jax.Array, jax.Array, Params], jax.Array]
+"""`(rows_XESD, share_XES, counts_XE, params) -> out_XESD`: each expert on the rows that came for it from each of X
+shards, times their shares; of S rows the first `counts` mean something, and the others have a share of zero."""
 
 
 def chosen(kind: Exchange, shards: int, choices: int) -> Exchange:
@@ -166,23 +167,28 @@ def _slots(plan: Plan, ids_mC: jax.Array, turn: jax.Array | int, experts: int, c
 
 
 def _to_experts(rows: jax.Array, shards: int) -> jax.Array:
-    """Buffers `[E, S, ...]` for all experts, from here, to buffers of our experts, from all shards."""
-    experts, capacity, *rest = rows.shape
-    split = rows.reshape(shards, experts // shards, capacity, *rest)
-    come = jax.lax.all_to_all(split, "expert", 0, 0)
-    return come.swapaxes(0, 1).reshape(experts // shards, shards * capacity, *rest)
+    """What stands here for all experts `[E, ...]` to what all shards have for ours, `[X, e, ...]`."""
+    return jax.lax.all_to_all(rows.reshape(shards, -1, *rows.shape[1:]), "expert", 0, 0)
 
 
-def _to_tokens(rows: jax.Array, shards: int) -> jax.Array:
+def _to_tokens(rows: jax.Array) -> jax.Array:
     """The way back of `_to_experts`."""
-    experts, count, *rest = rows.shape
-    split = rows.reshape(experts, shards, count // shards, *rest).swapaxes(0, 1)
-    come = jax.lax.all_to_all(split, "expert", 0, 0)
-    return come.reshape(shards * experts, count // shards, *rest)
+    come = jax.lax.all_to_all(rows, "expert", 0, 0)
+    return come.reshape(-1, *rows.shape[2:])
+
+
+def _counts(plan: Plan, turn: jax.Array | int, capacity: int, shards: int) -> jax.Array:
+    """`[X, e]`: the pairs that come from each shard this time."""
+    return _to_experts(jnp.clip(plan.sizes_E - turn * capacity, 0, capacity), shards)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
+
+
+def _take_any(x: jax.Array, index: jax.Array) -> jax.Array:
+    """As `_take`, where it does not matter what empty places get: their share is zero."""
+    return jnp.take(x, index, axis=0, mode="clip")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -203,8 +209,13 @@ def _forward(
 
     def body(turn: jax.Array | int) -> jax.Array:
         pairs_ES = _sent(plan, turn, capacity)
-        rows, share = _to_experts(_take(x_mD, pairs_ES // choices), shards), _take(weights_R, pairs_ES)
-        back = _to_tokens(apply(rows, _to_experts(share, shards), params), shards)
+        rows, share = _take_any(x_mD, pairs_ES // choices), _take(weights_R, pairs_ES)
+        rows, share, counts = (
+            _to_experts(rows, shards),
+            _to_experts(share, shards),
+            _counts(plan, turn, capacity, shards),
+        )
+        back = _to_tokens(apply(rows, share, counts, params))
         slots_mC = _slots(plan, ids_mC, turn, experts, capacity)
         return _take(back.reshape(-1, back.shape[-1]), slots_mC).sum(1)
 
@@ -220,13 +231,14 @@ def _backward(apply: Apply, capacity: int, saved: Any, dy_mD: jax.Array) -> tupl
 
     def body(turn: jax.Array | int) -> Any:
         pairs_ES = _sent(plan, turn, capacity)
-        rows, dy = (_to_experts(_take(a, pairs_ES // choices), shards) for a in (x_mD, dy_mD))
-        _, pull = jax.vjp(apply, rows, _to_experts(_take(weights_R, pairs_ES), shards), params)
+        rows, dy = (_to_experts(_take_any(a, pairs_ES // choices), shards) for a in (x_mD, dy_mD))
+        share, counts = _to_experts(_take(weights_R, pairs_ES), shards), _counts(plan, turn, capacity, shards)
+        _, pull = jax.vjp(lambda *given: apply(given[0], given[1], counts, given[2]), rows, share, params)
         d_rows, d_share, d_own = pull(dy)
         slots_mC = _slots(plan, ids_mC, turn, experts, capacity)
-        d_rows = _to_tokens(d_rows, shards)
+        d_rows = _to_tokens(d_rows)
         dx_mD = _take(d_rows.reshape(-1, d_rows.shape[-1]), slots_mC).sum(1)
-        return dx_mD, _take(_to_tokens(d_share, shards).reshape(-1), slots_mC), d_own
+        return dx_mD, _take(_to_tokens(d_share).reshape(-1), slots_mC), d_own
 
     dx_mD, dw_mC, d_params = add_rounds(body, plan.rounds)
     return dx_mD, None, dw_mC, d_params

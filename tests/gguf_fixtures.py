@@ -91,8 +91,9 @@ def tensors_of(config: ModelConfig, weights: Mapping[str, np.ndarray], architect
             theirs["attn_k_norm.weight"] = ours["attention.k_norm.weight"]
         if config.moe.num_experts:
             theirs["ffn_gate_inp.weight"] = ours["feed_forward.router_DE"].T
-            for name, own in (("gate", "gate_EDF"), ("up", "up_EDF"), ("down", "down_EFD")):
-                theirs[f"ffn_{name}_exps.weight"] = ours[f"feed_forward.{own}"].transpose(0, 2, 1)
+            for name, own in (("gate", "gate_EDF"), ("up", "up_EDF"), ("down", "down_EDF")):
+                array = ours[f"feed_forward.{own}"]
+                theirs[f"ffn_{name}_exps.weight"] = array if name == "down" else array.transpose(0, 2, 1)
         else:
             for name, own in (("gate", "gate_DF"), ("up", "up_DF"), ("down", "down_FD")):
                 theirs[f"ffn_{name}.weight"] = ours[f"feed_forward.{own}"].T

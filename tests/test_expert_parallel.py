@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from model.experts import Activation, Experts, on_own_rows, reference, run_experts
+from model.experts import Activation, Experts, on_received_rows, reference, run_experts
 from sharding.data_parallel import divides, gather, on_own_tokens
 from sharding.expert_parallel import chosen, spread_experts
 from sharding.mesh import MeshConfig, make_mesh
@@ -21,7 +21,7 @@ TOKENS, CHOICES, EXPERTS, WIDTH, HIDDEN = 64, 2, 8, 16, 8
 AXES = {
     "gate_EDF": ("expert", "embed", "mlp"),
     "up_EDF": ("expert", "embed", "mlp"),
-    "down_EFD": ("expert", "mlp", "embed"),
+    "down_EDF": ("expert", "embed", "mlp"),
     "gate_bias_EF": ("expert", "mlp"),
     "up_bias_EF": ("expert", "mlp"),
     "down_bias_ED": ("expert", "embed"),
@@ -65,7 +65,7 @@ def exchanged(exchange, x_MD, ids_MC, weights_MC, params, kind: Activation = "sw
             compute=lambda x, i, w, p, shards: run_experts(
                 x, i, w, Experts(**p), training=training, activation=kind, shards=shards
             ),
-            apply=lambda rows, share, p: on_own_rows(rows, Experts(**p), kind, share),
+            apply=lambda rows, share, counts, p: on_received_rows(rows, share, counts, Experts(**p), kind),
         )
 
     def local(leaves, tokens):

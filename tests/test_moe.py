@@ -78,7 +78,7 @@ def values(tokens: int, choices: int, count: int) -> tuple:
     def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    params = Experts(normal(count, WIDTH, HIDDEN), normal(count, WIDTH, HIDDEN), normal(count, HIDDEN, WIDTH))
+    params = Experts(normal(count, WIDTH, HIDDEN), normal(count, WIDTH, HIDDEN), normal(count, WIDTH, HIDDEN))
     return normal(tokens, WIDTH), normal(tokens, choices), params, normal(tokens, WIDTH)
 
 
@@ -333,7 +333,7 @@ def test_the_order_of_experts_does_not_matter():
     x_BTD = jnp.asarray(np.random.RandomState(3).normal(size=(2, 7, 16)), jnp.float32)
     before = output_of(module, x_BTD)
     order = jnp.asarray([3, 0, 5, 1, 4, 2])
-    for leaf in (module.gate_EDF, module.up_EDF, module.down_EFD):
+    for leaf in (module.gate_EDF, module.up_EDF, module.down_EDF):
         leaf.set_value(leaf[...][order])
     assert np.abs(output_of(module, x_BTD) - before).max() > 1e-2
     assert module.bias_E is not None

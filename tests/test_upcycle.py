@@ -19,7 +19,7 @@ from train.upcycle import cut, upcycle
 
 DENSE = tiny.DENSE
 EXPERTS = MoEConfig(num_experts=4, experts_per_token=2, intermediate_size=DENSE.intermediate_size)
-PARTS = ("gate_EDF", "up_EDF", "down_EFD")
+PARTS = ("gate_EDF", "up_EDF", "down_EDF")
 
 
 def weights_of(config: ModelConfig, seed: int) -> Arrays:
@@ -88,17 +88,18 @@ def test_the_share_of_fresh_channels_is_as_asked(share: float) -> None:
     for layer in range(config.num_layers):
         prefix = f"stacks.0.blocks.{layer}.feed_forward."
         ours, random = ({p: np.asarray(w[prefix + p]) for p in PARTS} for w in (found, initial))
-        theirs = {part: np.asarray(dense[prefix + part.replace("E", "")]) for part in PARTS}
+        theirs = {part: np.asarray(dense[prefix + part.replace("E", "")]) for part in PARTS[:2]}
+        theirs["down_EDF"] = np.asarray(dense[prefix + "down_FD"]).T
         for expert in range(4):
             fresh = np.all(ours["gate_EDF"][expert] == random["gate_EDF"][expert], axis=0)
             assert fresh.sum() == round(share * 20)
             assert np.array_equal(ours["up_EDF"][expert][:, fresh], random["up_EDF"][expert][:, fresh])
-            assert np.array_equal(ours["down_EFD"][expert][fresh], random["down_EFD"][expert][fresh])
+            assert np.array_equal(ours["down_EDF"][expert][:, fresh], random["down_EDF"][expert][:, fresh])
             columns = {tuple(column): n for n, column in enumerate(theirs["gate_EDF"].T)}
             for channel in np.flatnonzero(~fresh):
                 source = columns[tuple(ours["gate_EDF"][expert][:, channel])]
                 assert np.array_equal(ours["up_EDF"][expert][:, channel], theirs["up_EDF"][:, source])
-                assert np.array_equal(ours["down_EFD"][expert][channel], theirs["down_EFD"][source])
+                assert np.array_equal(ours["down_EDF"][expert][:, channel], theirs["down_EDF"][:, source])
         shared = np.asarray(found[f"{prefix}shared.gate_DF"]) == np.asarray(initial[f"{prefix}shared.gate_DF"])
         assert np.all(shared, axis=0).sum() == round(share * 40)
 

@@ -40,7 +40,7 @@ def is_matrix(axes: tuple[str | None, ...]) -> bool:
     return len(axes) >= 2 and axes not in (("heads", "head_dim"), ("kv_heads", "head_dim"))
 
 
-def muon_dimensions(axes: tuple[str | None, ...], ndim: int) -> optax.contrib.MuonDimensionNumbers | None:
+def muon_dimensions(name: str, axes: tuple[str | None, ...], ndim: int) -> optax.contrib.MuonDimensionNumbers | None:
     """How Muon sees a weight as a matrix: inputs, outputs, and everything before them as a batch.
 
     None (left to AdamW) for norms and biases, for the embedding and head, and for the router.
@@ -48,6 +48,8 @@ def muon_dimensions(axes: tuple[str | None, ...], ndim: int) -> optax.contrib.Mu
     if not is_matrix(axes) or "vocab" in axes or "router" in axes:
         return None
     dims = [ndim - len(axes) + i for i, axis in enumerate(axes) if axis != "expert"]
+    if name.endswith("down_EDF"):  # the one weight with outputs before inputs
+        return optax.contrib.MuonDimensionNumbers((dims[1],), (dims[0],))
     outputs = 1 if axes[-1] == "embed" else len(dims) - 1
     return optax.contrib.MuonDimensionNumbers(tuple(dims[:-outputs]), tuple(dims[-outputs:]))
 
@@ -96,7 +98,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, skeleton: Skeleton) -> o
     )
     core = adamw = stored_as(adamw, moment_dtype)
     if config.name == "muon":
-        dimensions = {name: muon_dimensions(axes[name], len(shapes[name])) for name in shapes}
+        dimensions = {name: muon_dimensions(name, axes[name], len(shapes[name])) for name in shapes}
 
         def of_matrices(params: Arrays) -> dict[str, object]:
             return {name: dimensions[name] or optax.MaskedNode() for name in params}

@@ -59,9 +59,11 @@ def upcycle(dense: Mapping[str, jax.Array], initial: Mapping[str, jax.Array], sh
         experts, _, width = initial[f"{prefix}gate_EDF"].shape
         key = derive("upcycle", seed, prefix)
         plan = cut(experts, width, dense_width, share, key)
-        for ours, theirs in (("gate_EDF", "gate_DF"), ("up_EDF", "up_DF"), ("down_EFD", "down_FD")):
+        for ours, theirs in (("gate_EDF", "gate_DF"), ("up_EDF", "up_DF"), ("down_EDF", "down_FD")):
             name = prefix + ours
-            found[name] = _cut_out(old[theirs], initial[name], plan, rows=ours == "down_EFD")
+            # Our experts' `down` has its channels in columns too, a dense one's in rows.
+            matrix = old[theirs].T if theirs == "down_FD" else old[theirs]
+            found[name] = _cut_out(matrix, initial[name], plan, rows=False)
         if f"{prefix}shared.gate_DF" in initial:
             width = initial[f"{prefix}shared.gate_DF"].shape[1]
             plan = cut(1, width, dense_width, share, derive(key, "shared"))

@@ -153,7 +153,7 @@ def _reorder(array: Any, axis: int, order: np.ndarray) -> Any:
     return array.take(np.concatenate([np.arange(plain), plain + order]), axis=axis)
 
 
-GATE, UP, DOWN = "gate_EDF", "up_EDF", "down_EFD"
+GATE, UP, DOWN = "gate_EDF", "up_EDF", "down_EDF"
 
 
 @dataclass(frozen=True)
@@ -171,19 +171,20 @@ class ExpertsEach:
     def expected(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         found = {}
         for ours, name in zip(self.ours, self.names, strict=True):
-            experts, inputs, outputs = shapes[ours]
-            found |= {f"{self.theirs}{expert}.{name}": (outputs, inputs) for expert in range(experts)}
+            experts, *shape = shapes[ours]
+            shape = tuple(shape if ours.endswith(DOWN) else reversed(shape))
+            found |= {f"{self.theirs}{expert}.{name}": shape for expert in range(experts)}
         return found
 
     def read(self, get: Get, shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
         for ours, name in zip(self.ours, self.names, strict=True):
-            experts = range(shapes[ours][0])
-            yield ours, np.stack([get(f"{self.theirs}{expert}.{name}") for expert in experts]).swapaxes(1, 2)
+            stacked = np.stack([get(f"{self.theirs}{expert}.{name}") for expert in range(shapes[ours][0])])
+            yield ours, stacked if ours.endswith(DOWN) else stacked.swapaxes(1, 2)
 
     def write(self, arrays: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
         found = {}
         for ours, name in zip(self.ours, self.names, strict=True):
-            turned = np.asarray(jnp.swapaxes(arrays[ours], 1, 2))
+            turned = np.asarray(arrays[ours] if ours.endswith(DOWN) else jnp.swapaxes(arrays[ours], 1, 2))
             found |= {f"{self.theirs}{expert}.{name}": turned[expert] for expert in range(len(turned))}
         return found
 
@@ -219,15 +220,16 @@ class ExpertsFused:
         return dict(zip(self.tensors, (both, down), strict=True))
 
     def read(self, get: Get, shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
-        both, down = (get(name) if self.turned else get(name).swapaxes(1, 2) for name in self.tensors)
+        both, down = (get(name) for name in self.tensors)
+        both, down = (both, down.swapaxes(1, 2)) if self.turned else (both.swapaxes(1, 2), down)
         hidden = shapes[self.prefix + GATE][2]
         yield from zip(self.ours, (both[..., :hidden], both[..., hidden:], down), strict=True)
 
     def write(self, arrays: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
         gate, up, down = (arrays[name] for name in self.ours)
         both = jnp.concatenate([gate, up], axis=-1)
-        turn = (lambda a: a) if self.turned else (lambda a: jnp.swapaxes(a, 1, 2))
-        return dict(zip(self.tensors, (turn(both), turn(down)), strict=True))
+        found = (both, jnp.swapaxes(down, 1, 2)) if self.turned else (jnp.swapaxes(both, 1, 2), down)
+        return dict(zip(self.tensors, found, strict=True))
 
     def within(self, ours: str, theirs: str) -> ExpertsFused:
         return replace(self, prefix=ours + self.prefix, theirs=theirs + self.theirs)
@@ -256,7 +258,7 @@ class ExpertsInterleaved:
 
     def read(self, get: Get, shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
         both, down, bias, down_bias = (get(name) for name in self.tensors)
-        found = (both[..., ::2], both[..., 1::2], down, bias[..., ::2], bias[..., 1::2], down_bias)
+        found = (both[..., ::2], both[..., 1::2], down.swapaxes(1, 2), bias[..., ::2], bias[..., 1::2], down_bias)
         yield from zip(self.ours, found, strict=True)
 
     def write(self, arrays: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
@@ -265,7 +267,8 @@ class ExpertsInterleaved:
         def in_turn(a: Any, b: Any) -> Any:
             return jnp.stack([a, b], axis=-1).reshape(*a.shape[:-1], -1)
 
-        return dict(zip(self.tensors, (in_turn(gate, up), down, in_turn(gate_bias, up_bias), down_bias), strict=True))
+        found = (in_turn(gate, up), jnp.swapaxes(down, 1, 2), in_turn(gate_bias, up_bias), down_bias)
+        return dict(zip(self.tensors, found, strict=True))
 
     def within(self, ours: str, theirs: str) -> ExpertsInterleaved:
         return replace(self, prefix=ours + self.prefix, theirs=theirs + self.theirs)

@@ -100,7 +100,7 @@ def to_ours(hf: Mapping[str, np.ndarray], config: ModelConfig) -> Weights:
         width = config.moe.intermediate_size
         ours[f"{target}.gate_EDF"] = gate_up[:, :width].transpose(0, 2, 1)
         ours[f"{target}.up_EDF"] = gate_up[:, width:].transpose(0, 2, 1)
-        ours[f"{target}.down_EFD"] = left.pop(f"{source}.experts.down_proj").transpose(0, 2, 1)
+        ours[f"{target}.down_EDF"] = left.pop(f"{source}.experts.down_proj")
         if config.moe.shared_intermediate_size:
             feed_forward(f"{source}.shared_expert", f"{target}.shared")
             ours[f"{target}.shared_gate_D"] = left.pop(f"{source}.shared_expert_gate.weight")[0]
