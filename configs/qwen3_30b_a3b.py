@@ -1,6 +1,9 @@
-"""Qwen3-30B-A3B, trained from nothing on 32 chips of v5p.
+"""Qwen3-30B-A3B, trained from nothing on 16 chips of v5p (v5p-32), 4,096 tokens on each.
 
-./run.sh plan configs/qwen3_30b_a3b.py --topology v5p:2x4x4
+    ./run.sh plan configs/qwen3_30b_a3b.py --topology v5p:2x2x4
+    ./run.sh plan configs/qwen3_30b_a3b.py --topology v6e:8x8 --mesh.fsdp 16 --data.batch-size 64     (v6e-64)
+
+RESULT
 """
 
 from configs.run import DataConfig, OptimizerConfig, Run
@@ -12,9 +15,9 @@ def run() -> Run:
     """4,096 tokens on each chip."""
     return Run(
         model=named("Qwen3-30B-A3B"),
-        data=DataConfig(sources=("data/*.jsonl.zst",), tokenizer="tokenizer", sequence_length=4096, batch_size=32),
-        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),
-        mesh=MeshConfig(fsdp=8, expert=4),
+        data=DataConfig(sources=("data/*.jsonl.zst",), tokenizer="tokenizer", sequence_length=4096, batch_size=16),
+        optimizer=OptimizerConfig(learning_rate=0.0003, warmup_steps=2000),
+        mesh=MeshConfig(fsdp=4, expert=4),
         remat="block",
         layers="stacked",
         steps=100_000,

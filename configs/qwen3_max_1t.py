@@ -1,6 +1,11 @@
 """A model of the shape of Qwen3-Max, of a trillion parameters, trained from nothing on 2,048 chips of v5p.
 
-./run.sh plan configs/qwen3_max_1t.py --topology v5p:8x16x16
+    ./run.sh plan configs/qwen3_max_1t.py --topology v5p:8x16x16
+    ./run.sh plan configs/qwen3_max_1t.py --topology v6e:16x16 --slices 4 --mesh.data 4 --mesh.fsdp 16 \\
+        --data.batch-size 1024 --data.sequence-length 2048 --optimizer.moment-dtype bfloat16
+    ./run.sh plan configs/qwen3_max_1t.py --topology tpu7x:4x8x8 --mesh.fsdp 32 --data.batch-size 512
+
+RESULT
 """
 
 from configs.run import DataConfig, OptimizerConfig, Run
@@ -24,7 +29,7 @@ def run() -> Run:
         ),
         data=DataConfig(sources=("data/*.jsonl.zst",), tokenizer="tokenizer", sequence_length=4096, batch_size=2048),
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=2000),
-        mesh=MeshConfig(fsdp=64, expert=32),
+        mesh=MeshConfig(fsdp=128, expert=16, exchange="all_to_all"),
         remat="block",
         layers="stacked",
         steps=100_000,

@@ -24,26 +24,31 @@ SETTINGS = {
 class Chip:
     """One device of a generation, as the compiler counts them (a tpu7x chip is two).
 
-    flops: bfloat16 operations per second. memory: bytes per second. links: bytes per second and direction over all
-    links between chips. limit: bytes that a program may use. clock: cycles per second of the matrix core, for the
-    compiler's estimates. From the public specifications (cloud.google.com/tpu/docs) but for limit and clock, which are
-    the compiler's.
+    flops: bfloat16 operations per second. memory: bytes per second. link: bytes per second and direction of one link to
+    a neighbour. limit: bytes that a program may use. clock: cycles per second of the matrix core, for the compiler's
+    estimates. watts: of one device under load, with its share of the host, as far as it is known. Rates are those of
+    cloud.google.com/tpu/docs, links as jax-ml.github.io/scaling-book (chapter 2) gives them; limit and clock are the
+    compiler's; no maker publishes watts: these are rough.
     """
 
     flops: float
     memory: float
-    links: float
+    link: float
     limit: float
     clock: float
+    watts: float
     per_chip: int = 1
 
 
 CHIPS = {
-    "v5e": Chip(197e12, 819e9, 100e9, 15.75 * GIB, 1.5e9),
-    "v5p": Chip(459e12, 2765e9, 300e9, 95.73 * GIB, 1.75e9),
-    "v6e": Chip(918e12, 1640e9, 200e9, 31.25 * GIB, 1.75e9),
-    "tpu7x": Chip(1153.5e12, 3690e9, 300e9, 94.74 * GIB, 1.9e9, per_chip=2),
+    "v5e": Chip(197e12, 819e9, 45e9, 15.75 * GIB, 1.5e9, 220),
+    "v5p": Chip(459e12, 2765e9, 90e9, 95.73 * GIB, 1.75e9, 540),
+    "v6e": Chip(918e12, 1640e9, 90e9, 31.25 * GIB, 1.75e9, 380),
+    "tpu7x": Chip(1153.5e12, 3690e9, 90e9, 94.74 * GIB, 1.9e9, 480, per_chip=2),
 }
+
+BETWEEN_SLICES = 6.25e9
+"""Bytes per second and direction that a chip has to other slices: a host's 200 Gbit/s over its four chips."""
 
 
 def find_chip(topology: str) -> Chip:
@@ -73,10 +78,12 @@ def absent_devices(topology: str, slices: int = 1) -> list[Any]:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
-    dimensions = topology.partition(":")[2].count("x") + 1
-    more = {"num_slices": slices} if slices > 1 else {}
+    more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    sizes = [int(size) for size in topology.partition(":")[2].split("x")]
+    if min(sizes[:2]) < 2:  # less than a host
+        more["chips_per_host_bounds"] = (*(min(2, size) for size in sizes[:2]), 1)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, wrap=(True,) * dimensions, **more)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, wrap=(True,) * 3, **more)
     except Exception as exc:  # the library raises what it likes
         words = " ".join(str(exc).split())
         if "libtpu" in words or "not found" in words.lower():

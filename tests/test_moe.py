@@ -200,7 +200,7 @@ def test_the_reference_by_hand():
                 gate, up, down = (np.asarray(w[expert], np.float64) for w in params[:3])
                 gated = x_MD[token] @ gate
                 hidden = gated / (1 + np.exp(-gated)) * (x_MD[token] @ up)
-                expected[token] += weights_MC[token, choice] * (hidden @ down)
+                expected[token] += weights_MC[token, choice] * (down @ hidden)
     assert np.abs(experts.reference(x_MD, jnp.asarray(ids_MC), weights_MC, params) - expected).max() < 1e-4
 
 

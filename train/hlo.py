@@ -34,7 +34,8 @@ class Collective:
     """Collectives of one kind over the same axes of the mesh.
 
     axes: names, or none where the groups are no product of axes. count: per run of the program. bytes: of the whole
-    array that a device ends with (all-gather) or begins with, summed over `count`.
+    array that a device ends with (all-gather) or begins with, summed over `count`. looped: whether any stands in a
+    loop.
     """
 
     kind: str
@@ -43,15 +44,23 @@ class Collective:
     count: int
     bytes: int
     asynchronous: bool
+    looped: bool = False
 
 
 @dataclass(frozen=True)
 class Program:
-    """What was read of a program. cycles: of the matrix core, as far as the compiler estimates them."""
+    """What was read of a program.
+
+    cycles: of the matrix core, as far as the compiler estimates them. kernels: how often each runs. kernel_bytes: that
+    they read and write. unstated_bytes: that operations read and write for which the compiler states no cycles, such as
+    gathers by the sparse cores.
+    """
 
     collectives: tuple[Collective, ...]
     cycles: int
     kernels: Mapping[str, int]
+    kernel_bytes: int
+    unstated_bytes: int
 
 
 def read_program(text: str, mesh_shape: Mapping[str, int], overflow: int = 0) -> Program:
@@ -64,13 +73,14 @@ def read_program(text: str, mesh_shape: Mapping[str, int], overflow: int = 0) ->
     """
     computations, entry = _computations(text)
     times, fused = _times(computations, entry, overflow)
-    found: dict[tuple[str, tuple[str, ...], int, bool], list[int]] = defaultdict(lambda: [0, 0])
-    cycles = 0
+    found: dict[tuple[str, tuple[str, ...], int, bool], list[int]] = defaultdict(lambda: [0, 0, 0])
+    cycles = kernel_bytes = unstated_bytes = 0
     kernels: Counter[str] = Counter()
     for name, lines in computations.items():
         often = times[name]
         if not often:
             continue
+        sizes = {match[1]: _size(match[2]) for line in lines if (match := INSTRUCTION.match(line))}
         for line in lines:
             match = INSTRUCTION.match(line)
             if not match:
@@ -86,16 +96,28 @@ def read_program(text: str, mesh_shape: Mapping[str, int], overflow: int = 0) ->
                 entry_of = found[told, axes, devices, later]
                 entry_of[0] += often
                 entry_of[1] += often * _bytes(match[2], kind, devices, match[3].endswith("-start"))
-            elif match[3] == "custom-call" and (target := re.search(r'custom_call_target="([^"]+)"', line)):
-                kernels[target[1]] += often
+                entry_of[2] = max(entry_of[2], often)
+            elif match[3] == "custom-call" and 'custom_call_target="tpu_custom_call"' in line:
+                kernels[re.sub(r"[.\d]+$", "", match[1])] += often
+                kernel_bytes += often * (sizes[match[1]] + _read(line, sizes))
             estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
-            if estimate and name not in fused and int(estimate[1]) < UNKNOWN_CYCLES:
-                cycles += often * int(estimate[1])
+            if estimate and name not in fused:
+                if int(estimate[1]) < UNKNOWN_CYCLES:
+                    cycles += often * int(estimate[1])
+                else:
+                    unstated_bytes += often * 2 * sizes[match[1]]
     collectives = (
-        Collective(kind, axes, devices, count, size, later)
-        for (kind, axes, devices, later), (count, size) in found.items()
+        Collective(kind, axes, devices, count, size, later, most > 1)
+        for (kind, axes, devices, later), (count, size, most) in found.items()
     )
-    return Program(tuple(sorted(collectives, key=lambda one: -one.bytes)), cycles, dict(kernels))
+    ordered = tuple(sorted(collectives, key=lambda one: -one.bytes))
+    return Program(ordered, cycles, dict(kernels), kernel_bytes, unstated_bytes)
+
+
+def _read(line: str, sizes: Mapping[str, int]) -> int:
+    """Bytes of an instruction's operands."""
+    operands = line.partition("(")[2].partition(")")[0]
+    return sum(sizes.get(name, 0) for name in re.findall(r"%([\w.\-]+)", operands))
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -148,11 +170,21 @@ def _trips(line: str, computations: Mapping[str, list[str]], overflow: int) -> i
     return max(constants, default=1)
 
 
-def _bytes(shape: str, kind: str, devices: int, start: bool) -> int:
+def _sizes(shape: str) -> list[int]:
+    """Bytes of each array in the text of a shape."""
     sizes = []
     for dtype, dimensions in ARRAY.findall(shape):
         bits = BITS.get(dtype) or int(next(iter(re.findall(r"\d+", dtype)), "0"))
         sizes.append(prod(int(one) for one in dimensions.split(",") if one) * bits // 8)
+    return sizes
+
+
+def _size(shape: str) -> int:
+    return sum(_sizes(shape))
+
+
+def _bytes(shape: str, kind: str, devices: int, start: bool) -> int:
+    sizes = _sizes(shape)
     # The start of an asynchronous one gives its operand beside its result.
     size = max(sizes, default=0) if start else sum(sizes)
     return size * devices if kind == "reduce-scatter" else size

@@ -1,9 +1,7 @@
-"""`qmax plan CONFIG --topology v5p:4x4x8`: the step that `qmax train` runs, compiled for TPUs that are not here."""
+"""`qmax plan CONFIG --topology v5p:4x4x8`: steps of training and generation, compiled for TPUs that are not here."""
 
 from __future__ import annotations
 
-import re
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,23 +12,25 @@ from errors import UserError
 from sharding.topology import Chip, absent_devices, find_chip
 from terminal import Parser, human_bytes, print_table, write_json
 
-KERNEL_SHARE = 0.7
-"""Of its peak, what a grouped matrix product is assumed to reach: the compiler states no cycles for kernels."""
-
-COMPILER = {"xla_tpu_enable_ragged_dot_kernel": "true"}
-"""Without it some generations multiply every row with every expert."""
-
 
 def plan_main(argv: list[str]) -> int:
     """Runs the verb; returns its exit code. 0 also where the step does not fit: that is an answer."""
     args, words = make_parser().parse_known_args(argv)
     from sharding.runtime import configure_jax
 
-    run = apply_overrides(load_config(args.config), words)
+    run = complete(apply_overrides(load_config(args.config), words))
     chip = find_chip(args.topology)
+    check(run, args)
     configure_jax()
-    found = plan(run, absent_devices(args.topology, args.slices), chip, args.tokens)
-    show(found, args.topology, args.slices)
+    devices = absent_devices(args.topology, args.slices)
+    if args.search:
+        from train.plan_search import search
+
+        found: dict[str, Any] = {"search": search(run, devices, chip, args, plan)}
+        show_search(found["search"])
+    else:
+        found = plan(run, devices, chip, args)
+        show(found, args)
     if args.json:
         write_json(args.json, found)
     return 0
@@ -40,179 +40,232 @@ def make_parser() -> Parser:
     """What the verb takes."""
     parser = Parser(
         "plan",
-        "Compiles the training step of CONFIG with the TPU compiler, for chips that are not here, and says whether it\n"
-        "fits, where its bytes go and what it sends. Needs `pip install 'qmax[plan]'`. Any field of the config can be\n"
-        "given another value. Memory and collectives are the compiler's; times are a model of it, and marked so.",
-        ["qmax plan configs/qwen3_30b_a3b.py --topology v5p:2x4x4 --mesh.fsdp 8 --mesh.expert 4"],
+        "Compiles a step of CONFIG with the TPU compiler, for chips that are not here, and says whether it fits,\n"
+        "where its bytes go, what it sends and what it may cost. Needs `pip install 'qmax[plan]'`. Any field of the\n"
+        "config can be given another value. Memory and collectives are the compiler's; times are a model, marked so.",
+        [
+            "qmax plan configs/qwen3_30b_a3b.py --topology v5p:2x4x4 --mesh.fsdp 8 --mesh.expert 4",
+            "qmax plan configs/qwen3_30b_a3b.py --topology v6e:8x8 --search 3",
+            "qmax plan configs/qwen3_30b_a3b.py --topology v5p:2x2x1 --mode decode --rows 64 --mesh.fsdp 1",
+        ],
     )
     parser.add_argument("config", metavar="CONFIG", help="the config, as `qmax train` takes it")
     parser.add_argument("--topology", required=True, help="generation and shape of a slice, such as v5p:4x4x8")
     parser.add_argument("--slices", type=int, default=1, help="slices, one after the other along `data` (default: 1)")
-    parser.add_argument("--tokens", type=float, default=0.0, help="tokens to train on, for the hours that it takes")
+    parser.add_argument("--mode", choices=("train", "prefill", "decode"), default="train", help="which step (train)")
+    parser.add_argument("--rows", type=int, default=256, help="prefill, decode: rows at a time (default: 256)")
+    parser.add_argument("--context", type=int, default=8192, help="prefill, decode: positions of a row (8192)")
+    parser.add_argument("--tokens", type=float, default=1e12, help="a budget of tokens, for its cost (default: 1e12)")
+    parser.add_argument("--price", type=float, default=0.0, help="of a chip for an hour, in any money")
+    parser.add_argument("--search", type=int, default=0, metavar="N", help="try meshes, compile the N likeliest, rank")
     parser.add_json()
     return parser
 
 
-def plan(run: Run, devices: Sequence[Any], chip: Chip, tokens: float = 0.0) -> dict[str, Any]:
-    """Compiles the step and reads the compiler's figures.
+def complete(run: Run) -> Run:
+    """`run` with what a TPU decides.
 
     Raises:
-        UserError: the mesh is not that of the devices, or the config leaves sizes open.
+        UserError: it leaves sizes open.
     """
     if run.init_model == "source" or not run.model.vocab_size:
         raise UserError("the config leaves sizes to its tokenizer or source; give model.vocab_size and the sizes")
+    dtype = "bfloat16" if run.dtype == "auto" else run.dtype
+    return replace(run, dtype=dtype, layers="stacked" if run.layers == "auto" else run.layers)
+
+
+def check(run: Run, args: Any) -> None:
+    """Refuses options that make no sense."""
+    for name, least in (("slices", 1), ("rows", 1), ("context", 1), ("search", 0), ("tokens", 0), ("price", 0)):
+        if not getattr(args, name) >= least:
+            raise UserError(f"--{name} {getattr(args, name)} must be at least {least}")
+    if args.mode != "train" and args.context > run.model.max_positions:
+        raise UserError(f"--context {args.context} is more than model.max_positions={run.model.max_positions}")
+    if args.mode != "train" and args.rows % run.mesh.batch_shards:
+        raise UserError(f"--rows {args.rows} do not divide over data x fsdp x expert = {run.mesh.batch_shards}")
+
+
+def plan(run: Run, devices: Sequence[Any], chip: Chip, args: Any) -> dict[str, Any]:
+    """Compiles the step and reads the compiler's figures.
+
+    Raises:
+        UserError: the mesh is not that of the devices.
+    """
     if run.mesh.num_devices != len(devices):
-        sizes = " x ".join(f"{name}={size}" for name, size in run.mesh.sizes.items())
-        raise UserError(f"the mesh {sizes} is of {run.mesh.num_devices} devices and the topology has {len(devices)}")
-    run = replace(
-        run,
-        dtype="bfloat16" if run.dtype == "auto" else run.dtype,
-        layers="stacked" if run.layers == "auto" else run.layers,
-    )
-    start = time.perf_counter()
-    lowered, state_bytes = lower(run, devices)
+        raise UserError(
+            f"the mesh {run.mesh.words} is of {run.mesh.num_devices} devices and the topology has {len(devices)}"
+        )
+    from train.hlo import read_program
+    from train.plan_programs import compile_program, lower
+    from train.plan_time import costs, spans_of, step_time
+
+    program = lower(run, devices, args.mode, args.rows, args.context)
+    compiled = compile_program(program)
+    length = run.data.sequence_length if args.mode == "train" else args.context
+    per_step, needed = work(run, args)
     found: dict[str, Any] = {
+        "mode": args.mode,
         "parameters_total": run.model.parameters_total,
         "parameters_active": run.model.parameters_active,
         "devices": len(devices),
         "mesh": run.mesh.sizes,
-        "tokens_per_step": run.data.batch_size * run.data.sequence_length,
-        "state_bytes_per_device": state_bytes,
+        "tokens_per_step": per_step,
+        "bytes_per_device": program.held | {"within a step": compiled.temporary},
+        "state_bytes_per_device": sum(program.held.values()),
+        "peak_bytes_per_device": compiled.peak,
         "limit_bytes_per_device": int(chip.limit),
+        "fits": compiled.fits and compiled.peak is not None and compiled.peak <= chip.limit,
+        "largest_arrays": [{"bytes": size, "shapes": shapes} for size, shapes in compiled.largest],
+        "compile_seconds": compiled.seconds,
+        "compiler": compiler(),
+        "collectives": [],
     }
-    try:
-        compiled = lowered.compile(compiler_options=COMPILER)
-    except Exception as exc:
-        return found | refused(exc) | {"compile_seconds": time.perf_counter() - start}
-    found["compile_seconds"] = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    found["peak_bytes_per_device"] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    found["temporary_bytes_per_device"] = memory.temp_size_in_bytes
-    found["fits"] = found["peak_bytes_per_device"] <= chip.limit
-    return found | step_time(run, chip, compiled.as_text(), tokens)
-
-
-def lower(run: Run, devices: Sequence[Any]) -> tuple[Any, int]:
-    """The step of `run`, lowered for `devices`, and the bytes of state that each of them holds."""
-    import jax
-    import numpy as np
-
-    from sharding.mesh import make_mesh
-    from sharding.rules import batch_sharding
-    from train.losses import next_token
-    from train.optimizer import make_optimizer
-    from train.state import abstract_state, make_skeleton
-    from train.step import make_train_step
-
-    mesh = make_mesh(run.mesh, devices)
-    # The program is made for the devices of this mesh, not for those that jax finds here.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        skeleton = make_skeleton(run)
-        optimizer = make_optimizer(run.optimizer, run.steps, skeleton)
-        state = abstract_state(run, skeleton, optimizer, mesh)
-        shape = (run.data.batch_size, run.data.sequence_length)
-        kinds = dict.fromkeys(("tokens", "targets", "positions", "segments"), np.int32) | {"weights": np.float32}
-        batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=batch_sharding(mesh)) for name, kind in kinds.items()}
-        step = make_train_step(run, skeleton, lambda m, r, t, b: next_token(m, r, t, b, run.loss), optimizer)
-        lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
-    leaves = jax.tree.leaves(state)
-    return lowered, sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def refused(exc: Exception) -> dict[str, Any]:
-    """What the compiler says of a program that does not fit; any other failure goes on."""
-    words = " ".join(str(exc).split())
-    if "RESOURCE_EXHAUSTED" not in words and "Oom" not in words:
-        raise exc
-    used = re.search(r"Used ([\d.]+)([KMGT]) of", words)
-    peak = float(used[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[used[2]] if used else None
-    return {"fits": False, "peak_bytes_per_device": peak, "refusal": words[:2000], "collectives": []}
-
-
-def step_time(run: Run, chip: Chip, text: str, tokens: float) -> dict[str, Any]:
-    """Collectives, and a model of the time of a step.
-
-    The matrix core's time: the compiler's cycles, and for kernels without an estimate the operations of the experts
-    at `KERNEL_SHARE` of the peak. High: all communication is hidden behind it; low: none.
-    """
-    from train.hlo import read_program
-
-    program = read_program(text, run.mesh.sizes)
-    per_step = run.data.batch_size * run.data.sequence_length
-    needed = 3 * per_step * run.model.flops_per_token(run.data.sequence_length / 2) / run.mesh.num_devices
-    moe = run.model.moe
-    expert_flops = 0.0
-    if moe.num_experts and program.kernels:
-        passes = 4 if run.remat != "none" else 3
-        per_token = 6 * run.model.hidden_size * moe.intermediate_size * moe.experts_per_token
-        expert_flops = passes * per_step * per_token * run.model.num_moe_layers / run.mesh.num_devices
-    busy = program.cycles / chip.clock + expert_flops / (KERNEL_SHARE * chip.flops)
-    sent = sum(moved(one) for one in program.collectives) / chip.links
-    low, high = (needed / chip.flops / max(seconds, 1e-12) for seconds in (busy + sent, max(busy, sent)))
-    found: dict[str, Any] = {
-        "collectives": [vars(one) for one in program.collectives],
-        "kernels": dict(program.kernels),
-        "modelled": {"core_seconds": busy, "communication_seconds": sent, "needed_seconds": needed / chip.flops},
-        "mfu_low": min(low, 1.0),
-        "mfu_high": min(high, 1.0),
-        "tokens_per_second": [per_step / (busy + sent), per_step / max(busy, sent)],
-    }
-    chips = run.mesh.num_devices / chip.per_chip
-    found["chip_hours"] = [tokens / rate / 3600 * chips for rate in reversed(found["tokens_per_second"])]
+    if not compiled.text:
+        return found
+    spans = spans_of(program.mesh)
+    each = len(devices)
+    most = worst_rounds(run, per_step)
+    for name, overflow in (("balanced", 0), ("worst", most)):
+        read = read_program(compiled.text, run.mesh.sizes, overflow)
+        time = step_time(read, run, spans, chip, per_step / each, length, needed / each)
+        cost = costs(time, per_step, each, chip, args.tokens, args.price)
+        if name == "balanced":
+            found |= {"collectives": [vars(one) for one in read.collectives], "kernels": dict(read.kernels)} | cost
+            found["over_all_devices"] = [vars(one) for one in read.collectives if one.devices == each > 1]
+        else:
+            found["worst_routing"] = {"rounds": most + 1} | {k: cost[k] for k in ("modelled", "tokens_per_second")}
     return found
 
 
-def moved(collective: Any) -> float:
-    """Bytes that a device sends for a collective, on a ring."""
-    if collective.devices < 2:
-        return 0.0
-    share = (collective.devices - 1) / collective.devices
-    return collective.bytes * share * (2 if collective.kind == "all-reduce" else 1)
+def work(run: Run, args: Any) -> tuple[int, float]:
+    """Tokens of a step, and the floating-point operations that it is for."""
+    if args.mode == "train":
+        tokens, length = run.data.batch_size * run.data.sequence_length, run.data.sequence_length
+        return tokens, 3 * tokens * run.model.flops_per_token(length / 2)
+    if args.mode == "prefill":
+        return args.rows * args.context, args.rows * args.context * run.model.flops_per_token(args.context / 2)
+    return args.rows, args.rows * run.model.flops_per_token(args.context)
 
 
-def show(found: dict[str, Any], topology: str, slices: int) -> None:
+def worst_rounds(run: Run, tokens: int) -> int:
+    """Rounds beyond the first if every token chooses the same experts. Memory is the same: buffers have one size."""
+    from sharding.expert_parallel import BUFFER_FACTOR, chosen
+
+    moe, mesh = run.model.moe, run.mesh
+    if not moe.num_experts or mesh.expert == 1:
+        return 0
+    own = tokens // (mesh.batch_shards * mesh.context)
+    if chosen(mesh.exchange, mesh.expert, moe.experts_per_token) == "all_to_all":
+        capacity = own * moe.experts_per_token / moe.num_experts * BUFFER_FACTOR
+        return max(int(own / max(capacity, 1)) - 1, 0)
+    return max(int(mesh.expert / BUFFER_FACTOR) - 1, 0)
+
+
+def compiler() -> str:
+    """Name and version of the TPU compiler."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"libtpu {version('libtpu')}, jax {version('jax')}"
+    except PackageNotFoundError:
+        return f"libtpu, jax {version('jax')}"
+
+
+def show(found: dict[str, Any], args: Any) -> None:
     """The plan as tables."""
-    limit = found["limit_bytes_per_device"]
-    where = f"{slices} x {topology}" if slices > 1 else topology
-    peak = found["peak_bytes_per_device"]
+    where = f"{args.slices} x {args.topology}" if args.slices > 1 else args.topology
+    peak, limit = found["peak_bytes_per_device"], found["limit_bytes_per_device"]
+    kinds = ", ".join(f"{kind} {human_bytes(size)}" for kind, size in found["bytes_per_device"].items() if size)
     rows = [
-        ["parameters", f"{found['parameters_total']:,}"],
-        ["of them active", f"{found['parameters_active']:,}"],
+        ["step", f"{found['mode']}, {found['tokens_per_step']:,} tokens"],
+        ["parameters", f"{found['parameters_total']:,}, {found['parameters_active']:,} of them active"],
         ["devices", f"{found['devices']:,} ({where})"],
         ["mesh", ", ".join(f"{name} {size}" for name, size in found["mesh"].items() if size > 1) or "one device"],
-        ["tokens per step", f"{found['tokens_per_step']:,}"],
-        ["weights and optimizer", f"{human_bytes(found['state_bytes_per_device'])} per device"],
+        ["bytes per device", kinds],
         ["peak", f"{human_bytes(peak) if peak else 'unknown'} of {human_bytes(limit)} per device"],
-        ["fits", "yes" if found["fits"] else "no"],
-        ["compiled in", f"{found['compile_seconds']:.0f} s"],
+        ["fits", "yes, whatever the routing" if found["fits"] else "no"],
+        ["compiled in", f"{found['compile_seconds']:.0f} s by {found['compiler']}"],
     ]
-    if "mfu_low" in found:
-        rate = found["tokens_per_second"]
-        rows += [
-            ["MFU, modelled", f"{found['mfu_low']:.0%} (nothing hidden) to {found['mfu_high']:.0%} (all hidden)"],
-            ["tokens per second, modelled", f"{rate[0]:,.0f} to {rate[1]:,.0f}"],
-        ]
-        if found["chip_hours"][1]:
-            rows.append(["chip hours, modelled", "{:,.0f} to {:,.0f}".format(*found["chip_hours"])])
     print_table(rows)
-    if not found["fits"] and "refusal" in found:
-        print(
-            f"\nThe compiler refuses it: {found['refusal'][:600]}\nLower data.batch_size, raise mesh.fsdp or set "
-            "remat to block."
-        )
-    if found["collectives"]:
-        print()
-        print_table(
-            [
-                [
-                    one["kind"],
-                    " x ".join(one["axes"]) or "-",
-                    one["devices"],
-                    one["count"],
-                    human_bytes(one["bytes"]),
-                    "yes" if one["asynchronous"] else "no",
-                ]
-                for one in found["collectives"][:20]
-            ],
-            ("collective", "axes", "devices", "times", "bytes", "asynchronous"),
-        )
+    if not found["fits"]:
+        print("\n" + does_not_fit(found))
+    if "modelled" in found:
+        show_time(found, args)
+    show_collectives(found)
+
+
+def does_not_fit(found: dict[str, Any]) -> str:
+    """One sentence: how much too large, what is largest, and what to turn."""
+    peak, limit = found["peak_bytes_per_device"], found["limit_bytes_per_device"]
+    largest = "; ".join(f"{human_bytes(one['bytes'])} {one['shapes'][:80]}" for one in found["largest_arrays"][:3])
+    knob = "lower data.batch_size, raise mesh.fsdp or mesh.context, or set remat to block"
+    if found["mode"] != "train":
+        knob = "lower --rows or --context, or raise mesh.tensor or mesh.expert"
+    return (
+        f"It does not fit: it needs {human_bytes(peak) if peak else 'more'} of {human_bytes(limit)} per device"
+        + (f" (largest: {largest})" if largest else "")
+        + f"; {knob}."
+    )
+
+
+def show_time(found: dict[str, Any], args: Any) -> None:
+    """The terms of the time, and what they come to."""
+    parts, worst = found["modelled"], found["worst_routing"]
+    names = {
+        "matrix": "matrix core, by the compiler's cycles",
+        "kernels": "kernels, at 70 % of the peak",
+        "unstated": "operations without a figure, by their bytes",
+        "collectives": "communication",
+        "asynchronous": "  of it beside other work",
+    }
+    print("\nModelled, not measured:")
+    low, high = found["tokens_per_second"]
+    print_table(
+        [
+            *([words, f"{parts[name]:.4g} s"] for name, words in names.items()),
+            ["a step", f"{parts['step_low']:.4g} s (all communication hidden) to {parts['step_high']:.4g} s (none)"],
+            ["a step, worst routing", f"to {worst['modelled']['step_high']:.4g} s in {worst['rounds']} rounds"],
+            ["MFU", f"{found['mfu_low']:.0%} to {found['mfu_high']:.0%}"],
+            ["tokens per second", f"{low:,.0f} to {high:,.0f}"],
+            [f"{args.tokens:.3g} tokens", "{:,.0f} to {:,.0f} chip hours".format(*found["chip_hours"])],
+            *([["", "{:,.0f} to {:,.0f} in money".format(*found["money"])]] if args.price else []),
+            ["", "{:,.0f} to {:,.0f} MWh, roughly".format(*found["megawatt_hours"])],
+        ]
+    )
+
+
+def show_collectives(found: dict[str, Any]) -> None:
+    """What is sent, and what of it spans all devices."""
+    if not found["collectives"]:
+        return
+    print()
+    rows = [
+        [
+            one["kind"],
+            " x ".join(one["axes"]) or "-",
+            one["devices"],
+            one["count"],
+            human_bytes(one["bytes"]),
+            "yes" if one["asynchronous"] else "no",
+            "yes" if one["looped"] else "no",
+        ]
+        for one in found["collectives"][:20]
+    ]
+    print_table(rows, ("collective", "axes", "devices", "times", "bytes", "asynchronous", "in a loop"))
+    looped = [one for one in found["over_all_devices"] if one["looped"]]
+    all_bytes = human_bytes(sum(one["bytes"] for one in found["over_all_devices"]))
+    print(f"\nOver all devices: {all_bytes} a step, {'some in a loop' if looped else 'none of it in a loop'}.")
+
+
+def show_search(ranked: list[dict[str, Any]]) -> None:
+    """The meshes that were compiled, the fastest first."""
+    rows = [
+        [
+            ", ".join(f"{name} {size}" for name, size in one["mesh"].items() if size > 1) or "one device",
+            human_bytes(one["peak_bytes_per_device"]) if one["peak_bytes_per_device"] else "unknown",
+            "yes" if one["fits"] else "no",
+            f"{one['mfu_low']:.0%} to {one['mfu_high']:.0%}" if "mfu_low" in one else "-",
+        ]
+        for one in ranked
+    ]
+    print_table(rows, ("mesh", "peak per device", "fits", "MFU, modelled"))

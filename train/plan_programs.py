@@ -1,0 +1,162 @@
+"""The programs that `qmax plan` compiles: the very steps of training and generation, for devices that are not here."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from configs.run import Run
+from model.cache import empty_cache, layer_axes
+from sharding.mesh import make_mesh
+from sharding.rules import ACTIVATIONS, batch_sharding, spec
+
+Mode = Literal["train", "prefill", "decode"]
+
+COMPILER = {"xla_tpu_enable_ragged_dot_kernel": "true"}
+"""Without it some generations multiply every row with every expert."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A step, lowered. held: bytes per device of what stays between steps, by kind."""
+
+    lowered: Any
+    mesh: jax.sharding.Mesh
+    held: dict[str, int]
+
+
+def lower(run: Run, devices: Sequence[Any], mode: Mode, rows: int = 0, context: int = 0) -> Program:
+    """The step of `run` that `mode` names.
+
+    Args:
+        rows, context: while generating: rows at a time, and positions of their cache.
+    """
+    mesh = make_mesh(run.mesh, devices)
+    # The program is made for the devices of this mesh, not for those that jax finds here.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return train(run, mesh) if mode == "train" else generate(run, mesh, mode, rows, context)
+
+
+def train(run: Run, mesh: jax.sharding.Mesh) -> Program:
+    """The optimizer step."""
+    from train.losses import next_token
+    from train.optimizer import make_optimizer
+    from train.state import abstract_state, make_skeleton
+    from train.step import make_train_step
+
+    skeleton = make_skeleton(run)
+    optimizer = make_optimizer(run.optimizer, run.steps, skeleton)
+    state = abstract_state(run, skeleton, optimizer, mesh)
+    shape = (run.data.batch_size, run.data.sequence_length)
+    kinds = dict.fromkeys(("tokens", "targets", "positions", "segments"), np.int32) | {"weights": np.float32}
+    batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=batch_sharding(mesh)) for name, kind in kinds.items()}
+    step = make_train_step(run, skeleton, lambda m, r, t, b: next_token(m, r, t, b, run.loss), optimizer)
+    layout = jax.tree.map(lambda a: a.sharding, state)
+    lowered = jax.jit(step, donate_argnums=0, out_shardings=(layout, None)).lower(state, batch)
+    return Program(lowered, mesh, {"weights": bytes_of((state.params, state.extra)), "optimizer": bytes_of(state.opt)})
+
+
+def generate(run: Run, mesh: jax.sharding.Mesh, mode: Mode, rows: int, context: int) -> Program:
+    """One more token of `rows` rows with `context` positions cached, or the reading of prompts of that length."""
+    from serve.sampling import SamplingParams, sampling_arrays
+    from serve.steps import Rows, State, abstract_weights, decode, prefill
+
+    config, dtype = run.model, jnp.dtype(run.dtype)
+    model = abstract_weights(config, dtype, mesh)
+
+    def abstract(x: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
+        layout = NamedSharding(mesh, spec(axes or (None,) * x.ndim, ACTIVATIONS))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+
+    cache = jax.eval_shape(lambda: empty_cache(config, rows, context, dtype))
+    layers = tuple(
+        tuple(abstract(leaf, *axes) for leaf, axes in zip(leaves, layer_axes(config, layer), strict=True))
+        for layer, leaves in enumerate(cache.layers)
+    )
+    held = {"weights": bytes_of(model), "cache": bytes_of(layers)}
+    none_B: Any = abstract(np.zeros(rows, np.int32), "batch")
+    sampling: Any = sampling_arrays([SamplingParams()] * rows, rows)
+    stops, most = jnp.zeros((rows, 4), jnp.int32), jnp.zeros(rows, jnp.int32)
+    constants = jax.tree.map(abstract, Rows(sampling, stops, most))
+    if mode == "prefill":
+        step = partial(prefill, capacity=context, vocab_limit=config.vocab_size)
+        tokens = abstract(np.zeros((rows, context), np.int32), "batch", None)
+        return Program(jax.jit(step).lower(model, tokens, none_B, constants), mesh, held)
+    cache = replace(cache, layers=layers, lengths_B=none_B, empty=False)
+    live_B: Any = abstract(np.zeros(rows, bool), "batch")
+    state = State(cache, none_B, none_B, live_B)
+    step = partial(decode, vocab_limit=config.vocab_size)
+    return Program(jax.jit(step, donate_argnums=1).lower(model, state, constants), mesh, held)
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes that a device holds of abstract arrays."""
+    leaves = jax.tree.leaves(tree)
+    return sum(prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a program. text: of the optimised program. peak: bytes per device, or None where it
+    gave up before counting. temporary: of them, what only lives within a step. largest: places in memory, with the
+    shapes that stand there one after the other. fits: whether the compiler took it.
+    """
+
+    text: str
+    peak: int | None
+    temporary: int | None
+    largest: tuple[tuple[int, str], ...]
+    fits: bool
+    seconds: float
+
+
+def compile_program(program: Program) -> Compiled:
+    """Compiles it; a program that does not fit is an answer too."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="qmax-plan-") as directory:
+        fits, peak, temporary = True, None, None
+        try:
+            compiled = program.lowered.compile(compiler_options={**COMPILER, "xla_dump_to": directory})
+        except Exception as exc:
+            if "RESOURCE_EXHAUSTED" not in str(exc) and "Oom" not in str(exc):
+                raise
+            fits, text = False, _dumped(directory, "after_optimizations.txt")
+            needed = re.search(r"(?:temporaries \(|[Uu]sed )([\d.]+)([KMGT]?)", str(exc))
+            if needed:
+                temporary = int(float(needed[1]) * 2 ** UNITS[needed[2]])
+                peak = temporary + sum(program.held.values())
+        else:
+            memory, text = compiled.memory_analysis(), compiled.as_text()
+            temporary = memory.temp_size_in_bytes
+            peak = memory.argument_size_in_bytes + temporary
+        largest = _largest(_dumped(directory, "memory-usage-report.txt"))
+    return Compiled(text, peak, temporary, largest, fits, time.perf_counter() - start)
+
+
+UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def _dumped(directory: str, name: str) -> str:
+    """A file that the compiler wrote of the largest program, by the end of its name; empty if it wrote none."""
+    found = sorted(Path(directory).glob(f"*jit_*.{name}"), key=lambda path: path.stat().st_size)
+    found = found or sorted(Path(directory).glob(f"*jit_*{name}"), key=lambda path: path.stat().st_size)
+    return found[-1].read_text(errors="replace") if found else ""
+
+
+def _largest(report: str) -> tuple[tuple[int, str], ...]:
+    """The first places of a memory report, the largest of them first."""
+    line = re.compile(r"\(\s*\d+%\);\s+([\d.]+)([KMGT]?)iB;\s+\d+;\s+\d+;\s+(.*)")
+    rows = [(int(float(m[1]) * 2 ** UNITS[m[2]]), m[3].strip()) for m in line.finditer(report)]
+    return tuple(sorted(rows, key=lambda row: -row[0])[:5])
