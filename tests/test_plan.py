@@ -18,8 +18,13 @@ from jax.sharding import PartitionSpec as P
 
 import qmax
 from sharding.mesh import AXES, MeshConfig, make_mesh, platform
-from sharding.topology import find_chip
-from train.hlo import read_program
+from sharding.topology import BETWEEN_SLICES, find_chip
+from tests.tiny import MOE, make_run
+from train.hlo import Collective, read_program
+from train.plan import does_not_fit
+from train.plan_programs import largest_places
+from train.plan_search import meshes, rough_seconds
+from train.plan_time import Time, costs, kernel_flops, seconds_of
 
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
 TINY = ["--model.vocab-size", "512", "--data.sequence-length", "256", "--data.batch-size", "32", "--mesh.fsdp", "4"]
@@ -102,6 +107,65 @@ def test_a_bad_question_is_one_sentence(words: list[str], said: str, capsys: pyt
 
 def test_chips_are_those_of_the_specifications() -> None:
     assert find_chip("v5p:2x2x1").flops == 459e12 and find_chip("tpu7x:2x2x1").per_chip == 2
+
+
+CHIP = find_chip("v5p:4x4x4")
+RING, LINE = {"fsdp": ((4, True), (8, True))}, {"fsdp": ((4, False),), "data": ()}
+
+
+def sent(kind: str, devices: int, size: int, axes: tuple[str, ...] = ("fsdp",)) -> Collective:
+    return Collective(kind, axes, devices, 1, size, asynchronous=False)
+
+
+def test_the_time_of_collectives_by_hand() -> None:
+    """A gather passes 31 of 32 parts over two links in each of two dimensions; an all-to-all waits for the longer."""
+    assert seconds_of(sent("all-gather", 32, 32 * 10**9), RING, CHIP) == pytest.approx(31e9 / (4 * 90e9))
+    assert seconds_of(sent("all-reduce", 32, 32 * 10**9), RING, CHIP) == pytest.approx(2 * 31e9 / (4 * 90e9))
+    assert seconds_of(sent("all-to-all", 32, 10**9), RING, CHIP) == pytest.approx(1e9 * 8 / 8 / 90e9)
+    assert seconds_of(sent("all-gather", 4, 4 * 10**9), LINE, CHIP) == pytest.approx(3e9 / 90e9)
+    assert seconds_of(sent("all-gather", 2, 2 * 10**9, ("data",)), LINE, CHIP) == pytest.approx(1e9 / BETWEEN_SLICES)
+    assert seconds_of(sent("all-gather", 1, 10**9), RING, CHIP) == 0
+
+
+def test_the_operations_of_kernels_by_hand() -> None:
+    """Three products of 64 rows, each with two experts of 16 channels over a width of 32; and attention forward."""
+    run = make_run(MOE)
+    kernels = {"ragged-dot-none": 3, "ragged-dot-metadata": 9, "splash_mha_fwd_residuals": 1}
+    heads, width = 4, 8
+    expected = 3 * 2 * (64 * 2) * 32 * 16 + 2 * 2 * heads * width * 64 * 16 / 2
+    assert kernel_flops(kernels, run, 64, 16) == expected
+
+
+def test_what_is_not_hidden_is_added() -> None:
+    time = Time(matrix=1.0, kernels=2.0, unstated=0.5, collectives=3.0, asynchronous=0.0, needed=1.75)
+    found = costs(time, 1000, 8, CHIP, tokens=3.6e6, price=2.0)
+    assert (time.low, time.high) == (3.5, 6.5)
+    assert found["mfu_high"] == 0.5 and found["tokens_per_second"] == [1000 / 6.5, 1000 / 3.5]
+    assert found["chip_hours"] == [3600 * 3.5 * 8 / 3600, 3600 * 6.5 * 8 / 3600]
+    assert found["money"][0] == 2 * found["chip_hours"][0]
+
+
+def test_meshes_to_search_divide_what_they_cut() -> None:
+    run = make_run(MOE)
+    found = list(meshes(run, 8, 2))
+    assert len({one.mesh for one in found}) == len(found) > 4
+    for one in found:
+        assert one.mesh.num_devices == 8 and one.mesh.data % 2 == 0
+        assert rough_seconds(one, CHIP) < float("inf")
+
+
+def test_what_does_not_fit_is_one_sentence() -> None:
+    report = """    4.75GiB( 13%);    4.75GiB;  15056977920;                9; 4xbf16[16,2560,2560], 5xf32[8192,155648]
+    8.75GiB( 23%);    4.00GiB;  10762010624;                5; 5xbf16[64,1,4096,8192]"""
+    largest = largest_places(report)
+    assert largest == (
+        (int(4.75 * 2**30), "4xbf16[16,2560,2560], 5xf32[8192,155648]"),
+        (2**32, "5xbf16[64,1,4096,8192]"),
+    )
+    arrays = [{"bytes": size, "shapes": shapes} for size, shapes in largest]
+    found = {"mode": "train", "peak_bytes_per_device": 2**37, "limit_bytes_per_device": 2**36, "largest_arrays": arrays}
+    words = does_not_fit(found)
+    assert "128 GiB of 64.0 GiB" in words and "4.8 GiB 4xbf16[16,2560,2560]" in words and "data.batch_size" in words
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs pip install 'qmax[plan]'")

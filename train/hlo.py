@@ -20,6 +20,9 @@ UNKNOWN_CYCLES = 1 << 40
 SCATTERING = "all-reduce-scatter"
 """How the names of such computations begin."""
 
+OFFLOADED = "offload"
+"""In the names of gathers and scatters that the sparse cores do beside the matrix core."""
+
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(")
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
@@ -100,6 +103,8 @@ def read_program(text: str, mesh_shape: Mapping[str, int], overflow: int = 0) ->
             elif match[3] == "custom-call" and 'custom_call_target="tpu_custom_call"' in line:
                 kernels[re.sub(r"[.\d]+$", "", match[1])] += often
                 kernel_bytes += often * (sizes[match[1]] + _read(line, sizes))
+            elif match[3].endswith("-done") and OFFLOADED in match[1]:
+                unstated_bytes += often * 2 * sizes[match[1]]
             estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
             if estimate and name not in fused:
                 if int(estimate[1]) < UNKNOWN_CYCLES:

@@ -18,8 +18,9 @@ def plan_main(argv: list[str]) -> int:
     args, words = make_parser().parse_known_args(argv)
     from sharding.runtime import configure_jax
 
-    run = complete(apply_overrides(load_config(args.config), words))
+    run = apply_overrides(load_config(args.config), words)
     chip = find_chip(args.topology)
+    run = complete(run)
     check(run, args)
     configure_jax()
     devices = absent_devices(args.topology, args.slices)

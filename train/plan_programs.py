@@ -141,7 +141,7 @@ def compile_program(program: Program) -> Compiled:
             memory, text = compiled.memory_analysis(), compiled.as_text()
             temporary = memory.temp_size_in_bytes
             peak = memory.argument_size_in_bytes + temporary
-        largest = _largest(_dumped(directory, "memory-usage-report.txt"))
+        largest = largest_places(_dumped(directory, "memory-usage-report.txt"))
     return Compiled(text, peak, temporary, largest, fits, time.perf_counter() - start)
 
 
@@ -155,7 +155,7 @@ def _dumped(directory: str, name: str) -> str:
     return found[-1].read_text(errors="replace") if found else ""
 
 
-def _largest(report: str) -> tuple[tuple[int, str], ...]:
+def largest_places(report: str) -> tuple[tuple[int, str], ...]:
     """The first places of a memory report, the largest of them first."""
     line = re.compile(r"\(\s*\d+%\);\s+([\d.]+)([KMGT]?)iB;\s+\d+;\s+\d+;\s+(.*)")
     rows = [(int(float(m[1]) * 2 ** UNITS[m[2]]), m[3].strip()) for m in line.finditer(report)]

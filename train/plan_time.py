@@ -6,7 +6,8 @@
     collectives    bytes over the links that an axis of the mesh runs along
 
 Collectives, on a torus (jax-ml.github.io/scaling-book, chapter 3): gathers and scatters pass every byte once around, in
-both directions of each dimension; an all-to-all is held up by its longest dimension.
+both directions of each dimension, or along a line where an axis does not go around; an all-to-all is held up by its
+longest dimension.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from train.hlo import Program as Read
 KERNEL_SHARE = 0.7
 """Of the peak, what kernels are assumed to reach: the compiler states nothing of them."""
 
-Spans = Mapping[str, Sequence[int]]
-"""For each axis of the mesh the devices that it has along each dimension of the torus it runs along; empty for an axis
-between slices."""
+Spans = Mapping[str, Sequence[tuple[int, bool]]]
+"""For each axis of the mesh, along each dimension of the torus it runs along, the devices that it has there and whether
+it goes all around; empty for an axis between slices."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,15 @@ class Time:
 def spans_of(mesh: Any) -> Spans:
     """Where the axes of a mesh of TPUs run."""
     devices, found = mesh.devices, {}
+    every = np.array([(*one.coords, getattr(one, "core_on_chip", 0)) for one in devices.flat])
+    around = [len(set(column.tolist())) for column in every.T]
     for place, axis in enumerate(AXES):
         line = np.moveaxis(devices, place, 0).reshape(devices.shape[place], -1)[:, 0]
         coords = np.array([(*one.coords, getattr(one, "core_on_chip", 0)) for one in line])
         slices = {getattr(one, "slice_index", 0) for one in line}
         extents = [len(set(column.tolist())) for column in coords.T]
-        found[axis] = () if len(slices) > 1 else tuple(size for size in extents if size > 1)
+        runs = ((size, size == whole > 2) for size, whole in zip(extents, around, strict=True) if size > 1)
+        found[axis] = () if len(slices) > 1 else tuple(runs)
     return found
 
 
@@ -76,15 +80,15 @@ def seconds_of(one: Collective, spans: Spans, chip: Chip) -> float:
     if one.devices < 2:
         return 0.0
     share = (one.devices - 1) / one.devices
-    sizes = [size for axis in one.axes for size in spans.get(axis, ())]
-    if not one.axes or not sizes:
+    runs = [run for axis in one.axes for run in spans.get(axis, ())]
+    if not one.axes or not runs:
         between = bool(one.axes) and one.kind != "collective-permute"
         return one.bytes * share / (BETWEEN_SLICES if between else chip.link)
     if one.kind == "all-to-all":
-        return one.bytes * max(sizes) / 8 / chip.link
+        return one.bytes * max(size / (8 if closed else 4) for size, closed in runs) / chip.link
     if one.kind == "collective-permute":
         return one.bytes / chip.link
-    around = one.bytes * share / (2 * len(sizes) * chip.link)
+    around = one.bytes * share / (sum(2 if closed else 1 for _, closed in runs) * chip.link)
     return 2 * around if one.kind == "all-reduce" else around
 
 
