@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from model.linear import Matmul, on_own_weight
+
 Activation = Literal["swiglu", "clamped"]
 
 CLAMP = 7.0
@@ -38,20 +40,23 @@ def plus(x: Array, bias: Array | None) -> Array:
     return x if bias is None else x + bias[..., None, :]
 
 
-def hidden_of(rows: Array, params: Experts) -> tuple[Array, Array]:
+def hidden_of(rows: Array, params: Experts, matmul: Matmul = "plain") -> tuple[Array, Array]:
     """Gate and up of rows `[..., rows, D]` that belong to the experts of `params`, one each along the first axis."""
-    return plus(rows @ params.gate_EDF, params.gate_bias_EF), plus(rows @ params.up_EDF, params.up_bias_EF)
+    gate = plus(on_own_weight(rows, params.gate_EDF, matmul), params.gate_bias_EF)
+    return gate, plus(on_own_weight(rows, params.up_EDF, matmul), params.up_bias_EF)
 
 
-def on_own_rows(rows: Array, params: Experts, activation: Activation, share: Array | None = None) -> Array:
+def on_own_rows(
+    rows: Array, params: Experts, activation: Activation, share: Array | None = None, matmul: Matmul = "plain"
+) -> Array:
     """Each expert of `params` on its own rows, `[..., rows, D]`; times `share` `[..., rows]`, if there is one.
 
     The share comes before the last product: so its gradient does not need what that gives.
     """
-    hidden = activate(*hidden_of(rows, params), activation)
+    hidden = activate(*hidden_of(rows, params, matmul), activation)
     if share is None:
-        return plus(hidden @ params.down_EFD, params.down_bias_ED)
-    out = (hidden * share[..., None]) @ params.down_EFD
+        return plus(on_own_weight(hidden, params.down_EFD, matmul), params.down_bias_ED)
+    out = on_own_weight(hidden * share[..., None], params.down_EFD, matmul)
     return out if params.down_bias_ED is None else out + params.down_bias_ED[..., None, :] * share[..., None]
 
 

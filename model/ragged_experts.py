@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from model.expert_weights import Activation, Experts, activate
+from model.linear import Matmul, by_groups
 from sharding.expert_parallel import add_rounds
 
 
@@ -39,7 +40,7 @@ class Window(NamedTuple):
     expert_S: Array
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def ragged(
     x_MD: Float[Array, "M D"],
     ids_MC: Int[Array, "M C"],
@@ -47,24 +48,23 @@ def ragged(
     params: Experts,
     capacity: int,
     activation: Activation = "swiglu",
+    matmul: Matmul = "plain",
 ) -> Float[Array, "M D"]:
     """`sum_c weights[m, c] * expert[ids[m, c]](x[m])`; an id of E means nothing.
 
     Args:
         capacity: rows computed at a time.
     """
-    return _forward(x_MD, ids_MC, weights_MC, params, capacity, activation)[0]
+    return _forward(x_MD, ids_MC, weights_MC, params, capacity, activation, matmul)[0]
 
 
 def weighted(
-    rows_SD: Array, share_S: Array, params: Experts, window: Window, activation: Activation
+    rows_SD: Array, share_S: Array, params: Experts, window: Window, activation: Activation, matmul: Matmul
 ) -> Float[Array, "S D"]:
     """Each row through its expert, times its share. The share comes before the last product, as in `on_own_rows`."""
 
     def product(rows_SX: Array, weight: Array, bias: Array | None, share_S1: Array | int = 1) -> Array:
-        # Products of bfloat16 are exact as they are; the TPU's kernel refuses to be asked for more.
-        exact = None if rows_SX.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-        out_SY = jax.lax.ragged_dot(rows_SX, weight, window.sizes_E, precision=exact)
+        out_SY = by_groups(rows_SX, weight, window.sizes_E, matmul)
         return out_SY if bias is None else out_SY + bias[window.expert_S] * share_S1
 
     gate_SF = product(rows_SD, params.gate_EDF, params.gate_bias_EF)
@@ -107,7 +107,13 @@ def _turns(order: Order, capacity: int, body: Any) -> Any:
 
 
 def _forward(
-    x_MD: Array, ids_MC: Array, weights_MC: Array, params: Experts, capacity: int, activation: Activation
+    x_MD: Array,
+    ids_MC: Array,
+    weights_MC: Array,
+    params: Experts,
+    capacity: int,
+    activation: Activation,
+    matmul: Matmul,
 ) -> tuple[Array, tuple]:
     order = _sort(ids_MC, len(params.gate_EDF))
     weights_R = weights_MC.reshape(-1)
@@ -115,12 +121,12 @@ def _forward(
     def body(turn: Array | int) -> Array:
         window = _window(order, turn, capacity, ids_MC.shape[1])
         share_S = jnp.take(weights_R, window.pair_S, mode="fill", fill_value=0)
-        return _added(x_MD, weighted(_rows(x_MD, window), share_S, params, window, activation), window)
+        return _added(x_MD, weighted(_rows(x_MD, window), share_S, params, window, activation, matmul), window)
 
     return _turns(order, capacity, body), (x_MD, ids_MC, weights_MC, params, order)
 
 
-def _backward(capacity: int, activation: Activation, saved: tuple, dy_MD: Array) -> tuple:
+def _backward(capacity: int, activation: Activation, matmul: Matmul, saved: tuple, dy_MD: Array) -> tuple:
     """The hidden layer is computed again, so that none of it was kept."""
     x_MD, ids_MC, weights_MC, params, order = saved
     weights_R = weights_MC.reshape(-1)
@@ -129,7 +135,7 @@ def _backward(capacity: int, activation: Activation, saved: tuple, dy_MD: Array)
         window = _window(order, turn, capacity, ids_MC.shape[1])
         share_S = jnp.take(weights_R, window.pair_S, mode="fill", fill_value=0)
         _, pull = jax.vjp(
-            lambda rows, share, params: weighted(rows, share, params, window, activation),
+            lambda rows, share, params: weighted(rows, share, params, window, activation, matmul),
             _rows(x_MD, window),
             share_S,
             params,
