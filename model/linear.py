@@ -34,7 +34,7 @@ def check_installed(matmul: Matmul) -> None:
             dense_config(matmul)
         except ModuleNotFoundError as error:
             raise UserError(
-                f"matmul={matmul} needs qwix ({error}); install it with pip install 'qmax[quantized]', or leave it plain"
+                f"matmul={matmul} needs qwix ({error}): pip install 'qmax[quantized]', or leave it plain"
             ) from error
 
 
