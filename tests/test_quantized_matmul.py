@@ -1,4 +1,4 @@
-"""Law: training in 8 bits errs by no more than its rounding, learns as plain training does, and changes nothing else."""
+"""Law: training in 8 bits errs by no more than its rounding, learns alike, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from model.experts import run_experts
 from model.forward import Batch, forward
 from model.linear import Matmul, linear, merge_heads
 from model.ragged_experts import ragged
+from model.tree import unstack
 from sharding.mesh import MeshConfig, make_mesh
 from sharding.rules import batch_sharding
 from tests.tiny import DENSE, MOE, Trainer, make_rows, make_run
@@ -127,21 +128,35 @@ def plain(kind: str) -> tuple[Trainer, dict[str, np.ndarray], float]:
     return trainer, *gradients(trainer)
 
 
-def check_close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+def check_close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], least: float = 0.99) -> None:
     assert all(np.isfinite(value).all() for value in found.values())
     assert any((found[name] != value).any() for name, value in wanted.items())
     names = sorted(wanted)
     flat = (np.concatenate([np.ravel(side[name]) for name in names]) for side in (found, wanted))
-    assert cosine(*flat) > 0.99
+    assert cosine(*flat) > least
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("matmul", KINDS)
-def test_gradients_are_close_to_plain_ones(kind: str, matmul: Matmul) -> None:
+@pytest.mark.parametrize(
+    ("kind", "matmul", "form", "least"),
+    [
+        ("dense", "int8", {}, 0.999),
+        ("dense", "fp8", {}, 0.99),
+        ("moe", "int8", {"layers": "stacked", "remat": "dots"}, 0.99),
+        ("moe", "fp8", {"layers": "stacked", "remat": "block"}, 0.99),
+        ("latent", "int8", {}, 0.99),
+        # So small a memory is sensitive: its weights times 1 +- 0.004 give plain gradients at a cosine of 0.92.
+        ("hybrid", "int8", {}, 0.95),
+    ],
+)
+def test_gradients_are_close_to_plain_ones(kind: str, matmul: Matmul, form: dict[str, Any], least: float) -> None:
     trainer, wanted, loss = plain(kind)
-    found, own = gradients(Trainer(replace(trainer.run, matmul=matmul), ONE, trainer.state))
+    if form:
+        found, own = gradients(Trainer(replace(trainer.run, matmul=matmul, **form), ONE))
+        found = unstack(found, trainer.run.model)
+    else:
+        found, own = gradients(Trainer(replace(trainer.run, matmul=matmul), ONE, trainer.state))
     assert own == pytest.approx(loss, rel=0.01) and own != loss
-    check_close(found, wanted)
+    check_close(found, wanted, least)
 
 
 def test_many_devices_are_close_too() -> None:
@@ -154,21 +169,18 @@ def test_many_devices_are_close_too() -> None:
 
 
 @cache
-def losses(matmul: Matmul, layers: str = "list", remat: str = "none") -> list[float]:
-    """Of thirty steps on three batches, and then the validation loss of the first."""
+def losses(matmul: Matmul) -> list[float]:
+    """Of thirty steps on three batches."""
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
-    trainer = Trainer(make_run(MOE, matmul=matmul, layers=layers, remat=remat, optimizer=optimizer), ONE)
+    trainer = Trainer(make_run(MOE, matmul=matmul, optimizer=optimizer), ONE)
     return [float(trainer(make_rows(trainer.run, step % 3))["loss"]) for step in range(30)]
 
 
-@pytest.mark.parametrize(
-    ("matmul", "layers", "remat"),
-    [("int8", "list", "none"), ("fp8", "list", "none"), ("int8", "stacked", "block"), ("int8", "stacked", "dots")],
-)
-def test_training_follows_plain_training(matmul: Matmul, layers: str, remat: str) -> None:
-    wanted, found = losses("plain"), losses(matmul, layers, remat)
-    assert wanted[-1] < 0.6 * wanted[0]
-    np.testing.assert_allclose(found, wanted, rtol=0.03)
+@pytest.mark.parametrize("matmul", KINDS)
+def test_training_follows_plain_training(matmul: Matmul) -> None:
+    wanted, found = losses("plain"), losses(matmul)
+    assert wanted[-1] < 0.2 * wanted[0]
+    np.testing.assert_allclose(found, wanted, rtol=0.02, atol=0.03)
     assert found != wanted
 
 
@@ -198,7 +210,7 @@ def test_a_run_saves_resumes_and_generates(tmp_path: Path, capfd: pytest.Capture
     assert hashes(cut) == hashes(whole)
     assert [record["loss"] for record in records(cut)] == [record["loss"] for record in records(whole)]
     capfd.readouterr()
-    assert qmax.main(["generate", str(whole), "--prompt", "the", "--max-tokens", "4", "--greedy"]) == 0
+    assert qmax.main(["generate", str(whole), "--prompt", "the", "--max-tokens", "4", "--temperature", "0"]) == 0
     assert capfd.readouterr().out
 
 
