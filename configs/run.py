@@ -183,6 +183,8 @@ class Run:
     """Type of stored matrices, which bfloat16 is rounded to at random; norms, biases and routers stay float32."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations; auto is float32 on a CPU and bfloat16 elsewhere."""
+    matmul: Literal["plain", "int8", "fp8"] = "plain"
+    """Products with weights while training: as `dtype` says, or in 8 bits with a scale per token and channel."""
     remat: Literal["none", "block", "dots"] = "none"
     """Recompute in the backward pass: nothing, whole blocks, or all but matrix products."""
     layers: Literal["auto", "list", "stacked"] = "auto"

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 from model import cache as kv
 from model.config import ModelConfig
 from model.flash import MASKED, over_context
-from model.layers import Keys, RMSNorm, merge_heads, rotate, weight
+from model.layers import Keys, RMSNorm, rotate, weight
+from model.linear import Matmul, linear, merge_heads
 from sharding.context_parallel import context_shards
 from sharding.mesh import ContextExchange, platform
 from sharding.rules import constrain, on_own_parts
@@ -248,13 +249,12 @@ class Attention(nnx.Module):
         self.norm_whole, self.clip, self.scale = whole, config.qkv_clip, config.attention_scale
         self.window = config.sliding_window if config.attention_kind(layer) == "sliding" else None
 
-    def project(self, x_BTD: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+    def project(self, x_BTD: Array, cos: Array, sin: Array, matmul: Matmul) -> tuple[Array, Array, Array]:
         """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]`; queries and keys normalised and rotated."""
-        dtype = x_BTD.dtype
 
         def one(weight: nnx.Param, bias: nnx.Param | None, heads: str) -> Array:
-            y = jnp.einsum("btd,dnh->btnh", x_BTD, weight[...].astype(dtype))
-            y = y if bias is None else y + bias[...].astype(dtype)
+            y = linear(x_BTD, weight[...], matmul)
+            y = y if bias is None else y + bias[...].astype(y.dtype)
             return constrain(y, "batch", "length", heads, "head_dim")
 
         q_BTNH = self.normed(self.q_norm, one(self.q_DNH, self.q_bias_NH, "heads"))
@@ -279,12 +279,13 @@ class Attention(nnx.Module):
         mask: Mask,
         stored: tuple[Array, ...] | None = None,
         write_BT: Int[Array, "B T"] | None = None,
+        matmul: Matmul = "plain",
     ) -> tuple[Float[Array, "B T D"], tuple[Array, ...] | None]:
         """Attention over the batch itself or, with `stored` keys and values, over those and the batch.
 
         Returns the output and, with `stored`, the arrays that now hold this batch too, at positions `write`.
         """
-        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, *rope)
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, *rope, matmul)
         if stored is not None and write_BT is not None:
             stored = (kv.write(stored[0], k_BTKH, write_BT), kv.write(stored[1], v_BTKH, write_BT))
         if stored is None or mask.within_batch:
@@ -302,9 +303,8 @@ class Attention(nnx.Module):
                 None if self.sinks_N is None else self.sinks_N[...],
             )
         if self.gate_DNH is not None:
-            gate_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, self.gate_DNH[...].astype(x_BTD.dtype))
-            out_BTNH = out_BTNH * jax.nn.sigmoid(gate_BTNH)
+            out_BTNH = out_BTNH * jax.nn.sigmoid(linear(x_BTD, self.gate_DNH[...], matmul))
         out_BTNH = constrain(out_BTNH, "batch", "length", "heads", "head_dim")
-        out_BTD = merge_heads(out_BTNH, self.o_NHD[...])
+        out_BTD = merge_heads(out_BTNH, self.o_NHD[...], matmul)
         out_BTD = out_BTD if self.o_bias_D is None else out_BTD + self.o_bias_D[...].astype(x_BTD.dtype)
         return out_BTD, stored

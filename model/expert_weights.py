@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from model.linear import Matmul, on_own_weight
 from sharding.mesh import platform
 
 Activation = Literal["swiglu", "clamped"]
@@ -44,9 +45,10 @@ def plus(x: Array, bias: Array | None) -> Array:
     return x if bias is None else x + bias[..., None, :]
 
 
-def hidden_of(rows: Array, params: Experts) -> tuple[Array, Array]:
+def hidden_of(rows: Array, params: Experts, matmul: Matmul = "plain") -> tuple[Array, Array]:
     """Gate and up of rows `[..., rows, D]` that belong to the experts of `params`, one each along the first axis."""
-    return plus(rows @ params.gate_EDF, params.gate_bias_EF), plus(rows @ params.up_EDF, params.up_bias_EF)
+    gate = plus(on_own_weight(rows, params.gate_EDF, matmul), params.gate_bias_EF)
+    return gate, plus(on_own_weight(rows, params.up_EDF, matmul), params.up_bias_EF)
 
 
 def made(x: Any) -> Any:
@@ -54,20 +56,23 @@ def made(x: Any) -> Any:
     return jax.lax.optimization_barrier(x) if platform() == "tpu" else x
 
 
-def down(hidden: Array, params: Experts) -> Array:
+def down(hidden: Array, params: Experts, matmul: Matmul = "plain") -> Array:
     """The last product, `[..., rows, D]`, of hidden rows `[..., rows, F]`; without the bias."""
-    return hidden @ jnp.swapaxes(params.down_EDF, -1, -2)
+    return on_own_weight(hidden, jnp.swapaxes(params.down_EDF, -1, -2), matmul)
 
 
-def on_own_rows(rows: Array, params: Experts, activation: Activation, share: Array | None = None) -> Array:
+def on_own_rows(
+    rows: Array, params: Experts, activation: Activation, share: Array | None = None, matmul: Matmul = "plain"
+) -> Array:
     """Each expert of `params` on its own rows, `[..., rows, D]`; times `share` `[..., rows]`, if there is one.
 
     The share comes before the last product: so its gradient does not need what that gives.
     """
     if share is None:
-        return plus(down(activate(*hidden_of(rows, params), activation), params), params.down_bias_ED)
-    gate, up = made(hidden_of(rows, params))
-    out = down(made(activate(gate, up, activation) * share[..., None]), params)
+        hidden = activate(*hidden_of(rows, params, matmul), activation)
+        return plus(down(hidden, params, matmul), params.down_bias_ED)
+    gate, up = made(hidden_of(rows, params, matmul))
+    out = down(made(activate(gate, up, activation) * share[..., None]), params, matmul)
     return out if params.down_bias_ED is None else out + params.down_bias_ED[..., None, :] * share[..., None]
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from model.expert_weights import Activation, Experts, activate, down, expert_at, hidden_of, on_own_rows, plus
+from model.linear import Matmul
 from model.ragged_experts import packed, ragged
 from sharding.mesh import platform
 from sharding.rules import constrain
@@ -36,6 +37,7 @@ def run_experts(
     training: bool,
     activation: Activation = "swiglu",
     shards: int = 1,
+    matmul: Matmul = "plain",
 ) -> Float[Array, "M D"]:
     """`sum_c weights[m, c] * expert[ids[m, c]](x[m])`; an id of E means nothing.
 
@@ -49,10 +51,10 @@ def run_experts(
     mesh = jax.sharding.get_abstract_mesh()
     if platform() != "cpu" and (mesh.size <= 1 or mesh.manual_axes):
         capacity = ids_MC.size if shards == 1 else rounded(pairs * BUFFER_FACTOR, 512)
-        return ragged(x_MD, ids_MC, weights_MC, params, min(capacity, ids_MC.size), activation)
+        return ragged(x_MD, ids_MC, weights_MC, params, min(capacity, ids_MC.size), activation, matmul)
     if training:
         capacity = min(tokens, rounded(pairs / experts * BUFFER_FACTOR, 8))
-        return grouped(x_MD, ids_MC, weights_MC, params, capacity, OVERFLOW_BLOCK, activation)
+        return grouped(x_MD, ids_MC, weights_MC, params, capacity, OVERFLOW_BLOCK, activation, matmul)
     if tokens == 1:
         return per_pair(x_MD, ids_MC, weights_MC, params, activation)
     return grouped(x_MD, ids_MC, weights_MC, params, 0, decode_block(pairs, experts), activation)
@@ -64,13 +66,14 @@ def on_received_rows(
     counts_XE: Int[Array, "X E"],
     params: Experts,
     activation: Activation = "swiglu",
+    matmul: Matmul = "plain",
 ) -> Float[Array, "X E S D"]:
     """Each expert on the rows that X shards sent it, times their shares. Beyond `counts` rows mean nothing."""
     if platform() != "cpu":
-        return packed(rows_XESD, share_XES, counts_XE, params, activation)
+        return packed(rows_XESD, share_XES, counts_XE, params, activation, matmul)
     shards, experts, size, width = rows_XESD.shape
     rows, share = (a.swapaxes(0, 1).reshape(experts, shards * size, *a.shape[3:]) for a in (rows_XESD, share_XES))
-    out = on_own_rows(rows, params, activation, share)
+    out = on_own_rows(rows, params, activation, share, matmul)
     return out.reshape(experts, shards, size, width).swapaxes(0, 1)
 
 
@@ -162,7 +165,7 @@ def rows_of(x_MD: Array, pairs: Array, choices: int) -> Array:
     return jnp.take(x_MD, pairs // choices, axis=0, mode="fill", fill_value=0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def grouped(
     x_MD: Array,
     ids_MC: Array,
@@ -171,13 +174,14 @@ def grouped(
     capacity: int,
     block: int,
     activation: Activation = "swiglu",
+    matmul: Matmul = "plain",
 ) -> Array:
     """Buffers of `capacity` rows per expert in one batched product, then blocks for what does not fit.
 
     With `capacity=0` all rows go through blocks. Forward and backward move rows by gathers alone in the
     buffered part; the overflow loop runs as often as there are overflow blocks, usually never.
     """
-    return grouped_forward(x_MD, ids_MC, weights_MC, params, capacity, block, activation)[0]
+    return grouped_forward(x_MD, ids_MC, weights_MC, params, capacity, block, activation, matmul)[0]
 
 
 def to_buffers(x_MD: Array, plan: Plan, capacity: int, choices: int) -> Array:
@@ -194,6 +198,7 @@ def grouped_forward(
     capacity: int,
     block: int,
     activation: Activation,
+    matmul: Matmul,
 ) -> tuple[Array, tuple]:
     """`grouped` and what its backward pass needs."""
     (tokens, width), choices, experts = x_MD.shape, ids_MC.shape[1], params.gate_EDF.shape[0]
@@ -202,15 +207,16 @@ def grouped_forward(
     y_MD, gate, up = jnp.zeros_like(x_MD), None, None
     if capacity:
         rows = to_buffers(x_MD, plan, capacity, choices)
-        gate, up = hidden_of(rows, params)
-        out = plus(down(activate(gate, up, activation), params), params.down_bias_ED).reshape(-1, width)
+        gate, up = hidden_of(rows, params, matmul)
+        out = down(activate(gate, up, activation), params, matmul)
+        out = plus(out, params.down_bias_ED).reshape(-1, width)
         out_MCD = jnp.take(out, plan.slot_R, axis=0, mode="fill", fill_value=0).reshape(tokens, choices, width)
         y_MD = jnp.einsum("mcd,mc->md", out_MCD, weights_MC)
 
     def body(index: Array, y_MD: Array) -> Array:
         expert, pairs = overflow_rows(plan, index, capacity, block)
         rows = rows_of(x_MD, pairs, choices)
-        out = on_own_rows(rows, expert_at(params, expert), activation)
+        out = on_own_rows(rows, expert_at(params, expert), activation, matmul=matmul)
         share = jnp.take(weights_R, pairs, mode="fill", fill_value=0)
         return y_MD.at[pairs // choices].add(out * share[:, None], mode="drop")
 
@@ -219,13 +225,22 @@ def grouped_forward(
 
 
 def expert_gradients(
-    rows: Array, gate: Array, up: Array, share: Array, dy: Array, params: Experts, activation: Activation
+    rows: Array,
+    gate: Array,
+    up: Array,
+    share: Array,
+    dy: Array,
+    params: Experts,
+    activation: Activation,
+    matmul: Matmul,
 ) -> tuple:
     """Gradients of one batch of rows of one expert, or of all experts' buffers at once.
 
     `share` weighs each row's output; `dy` is the gradient of the weighted output. Returns the gradients of
-    the rows, of the share, and of the weights.
+    the rows, of the share, and of the weights. In 8 bits the hidden layer is computed again.
     """
+    if matmul != "plain":
+        return jax.vjp(lambda r, s, p: on_own_rows(r, p, activation, s, matmul), rows, share, params)[1](dy)
     hidden, pull = jax.vjp(partial(activate, kind=activation), gate, up)
     through = dy @ params.down_EDF
     d_share = jnp.sum(through * hidden, axis=-1)
@@ -240,7 +255,9 @@ def expert_gradients(
     return d_rows, d_share, Experts(rows_t @ d_gate, rows_t @ d_up, d_down, *d_biases)
 
 
-def grouped_backward(capacity: int, block: int, activation: Activation, saved: tuple, dy_MD: Array) -> tuple:
+def grouped_backward(
+    capacity: int, block: int, activation: Activation, matmul: Matmul, saved: tuple, dy_MD: Array
+) -> tuple:
     """Gradients of `grouped`; the overflow blocks' hidden layer is computed again."""
     x_MD, ids_MC, weights_MC, params, plan, gate, up = saved
     (tokens, width), choices = x_MD.shape, ids_MC.shape[1]
@@ -248,7 +265,7 @@ def grouped_backward(capacity: int, block: int, activation: Activation, saved: t
     if capacity:
         rows, dy = (to_buffers(a, plan, capacity, choices) for a in (x_MD, dy_MD))
         share = jnp.take(weights_R, plan.pair_S, mode="fill", fill_value=0).reshape(rows.shape[:2])
-        d_rows, d_share, d_params = expert_gradients(rows, gate, up, share, dy, params, activation)
+        d_rows, d_share, d_params = expert_gradients(rows, gate, up, share, dy, params, activation, matmul)
         d_pairs = jnp.take(d_rows.reshape(-1, width), plan.slot_R, axis=0, mode="fill", fill_value=0)
         dx_MD = d_pairs.reshape(tokens, choices, width).sum(1)
         dw_R = jnp.take(d_share.reshape(-1), plan.slot_R, mode="fill", fill_value=0)
@@ -262,7 +279,7 @@ def grouped_backward(capacity: int, block: int, activation: Activation, saved: t
         own = expert_at(params, expert)
         rows, dy = rows_of(x_MD, pairs, choices), rows_of(dy_MD, pairs, choices)
         share = jnp.take(weights_R, pairs, mode="fill", fill_value=0)
-        d_rows, d_share, d_own = expert_gradients(rows, *hidden_of(rows, own), share, dy, own, activation)
+        d_rows, d_share, d_own = expert_gradients(rows, *hidden_of(rows, own), share, dy, own, activation, matmul)
         d_params = jax.tree.map(lambda total, part: total.at[expert].add(part), d_params, d_own)
         dx_MD = dx_MD.at[pairs // choices].add(d_rows, mode="drop")
         return dx_MD, dw_R.at[pairs].add(d_share, mode="drop"), d_params

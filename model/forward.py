@@ -137,7 +137,16 @@ def make_context(model: Transformer, batch: Batch, cache: Cache | None) -> Conte
     rope = jax.lax.optimization_barrier(
         rope_tables(model.config.rope, model.config.rotary_dim, batch.positions_BT, model.dtype)
     )
-    return Context(rope, mask, write_BT, valid_BT, documents_BT, training=cache is None, exchange=model.exchange)
+    return Context(
+        rope,
+        mask,
+        write_BT,
+        valid_BT,
+        documents_BT,
+        training=cache is None,
+        exchange=model.exchange,
+        matmul=model.matmul if cache is None else "plain",
+    )
 
 
 def spreads(model: Transformer, batch: Batch) -> bool:

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 from model import cache as kv
 from model.attention import Mask, attend_in_blocks
 from model.config import ModelConfig
-from model.layers import Keys, RMSNorm, merge_heads, rotate, weight
+from model.layers import Keys, RMSNorm, rotate, weight
+from model.linear import Matmul, linear, merge_heads
 from sharding.rules import constrain
 
 
@@ -39,16 +40,14 @@ class LatentAttention(nnx.Module):
         self.rank, self.plain, self.scale = U, H, config.attention_scale
         self.window = config.sliding_window if config.attention_kind(layer) == "sliding" else None
 
-    def project(self, x_BTD: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+    def project(self, x_BTD: Array, cos: Array, sin: Array, matmul: Matmul) -> tuple[Array, Array, Array]:
         """Queries `[B, T, N, H+P]`, latents `[B, T, U]` and the shared key `[B, T, 1, P]`, rotated."""
-        dtype = x_BTD.dtype
         c_BTQ = x_BTD
         if self.q_down_DQ is not None and self.q_norm is not None:
-            c_BTQ = self.q_norm(x_BTD @ self.q_down_DQ[...].astype(dtype))
-        q_BTNH = jnp.einsum("btq,qnh->btnh", c_BTQ, self.q_QNH[...].astype(dtype))
-        q_BTNH = constrain(q_BTNH, "batch", "length", "heads", "head_dim")
+            c_BTQ = self.q_norm(linear(x_BTD, self.q_down_DQ[...], matmul))
+        q_BTNH = constrain(linear(c_BTQ, self.q_QNH[...], matmul), "batch", "length", "heads", "head_dim")
         plain, rotated = q_BTNH[..., : self.plain], rotate(q_BTNH[..., self.plain :], cos, sin)
-        down_BTU = x_BTD @ self.kv_down_DU[...].astype(dtype)
+        down_BTU = linear(x_BTD, self.kv_down_DU[...], matmul)
         c_BTU = self.kv_norm(down_BTU[..., : self.rank])
         shared_BT1P = rotate(down_BTU[..., None, self.rank :], cos, sin)
         return jnp.concatenate([plain, rotated], axis=-1), c_BTU, shared_BT1P
@@ -60,18 +59,19 @@ class LatentAttention(nnx.Module):
         mask: Mask,
         stored: tuple[Array, ...] | None = None,
         write_BT: Int[Array, "B T"] | None = None,
+        matmul: Matmul = "plain",
     ) -> tuple[Float[Array, "B T D"], tuple[Array, ...] | None]:
         """As `Attention`; `stored` is one `[B, 1, S, U+P]` array of latents and shared keys."""
-        q_BTNH, c_BTU, shared_BT1P = self.project(x_BTD, *rope)
+        q_BTNH, c_BTU, shared_BT1P = self.project(x_BTD, *rope, matmul)
         k_UNH, v_UNI = (w[...].astype(x_BTD.dtype) for w in (self.k_UNH, self.v_UNI))
         if stored is not None and write_BT is not None:
             stored = (kv.write(stored[0], jnp.concatenate([c_BTU[:, :, None], shared_BT1P], axis=-1), write_BT),)
         with jax.named_scope("attend"):
             if stored is None or mask.within_batch:
-                plain_BTNH = jnp.einsum("btu,unh->btnh", c_BTU, k_UNH)
+                plain_BTNH = linear(c_BTU, k_UNH, matmul)
                 shared = jnp.broadcast_to(shared_BT1P, (*plain_BTNH.shape[:3], shared_BT1P.shape[-1]))
                 k_BTNH = jnp.concatenate([plain_BTNH, shared], axis=-1)
-                v_BTNI = jnp.einsum("btu,uni->btni", c_BTU, v_UNI)
+                v_BTNI = linear(c_BTU, v_UNI, matmul)
                 k_BNTH, v_BNTI = k_BTNH.transpose(0, 2, 1, 3), v_BTNI.transpose(0, 2, 1, 3)
                 out_BTNI = attend_in_blocks(q_BTNH, k_BNTH, v_BNTI, mask, self.scale, self.window)
             else:
@@ -82,4 +82,4 @@ class LatentAttention(nnx.Module):
                 out_BTNU = attend_in_blocks(q_BTNU, k_B1SU, v_B1SU, mask, self.scale, self.window)
                 out_BTNI = jnp.einsum("btnu,uni->btni", out_BTNU, v_UNI)
         out_BTNI = constrain(out_BTNI, "batch", "length", "heads", "head_dim")
-        return merge_heads(out_BTNI, self.o_NID[...]), stored
+        return merge_heads(out_BTNI, self.o_NID[...], matmul), stored

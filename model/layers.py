@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from model.config import RopeConfig
+from model.linear import Matmul, linear
 from sharding.rules import constrain
 
 
@@ -107,15 +108,6 @@ def rotate(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Float[Array, "
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
-def merge_heads(out_BTNI: Float[Array, "B T N I"], o_NID: Float[Array, "N I D"]) -> Float[Array, "B T D"]:
-    """The output projection: all heads of a token times one matrix, in the type of `out_BTNI`.
-
-    A plain product: as an einsum over two dimensions XLA transposes the weight at every decode step.
-    """
-    o_XD = o_NID.astype(out_BTNI.dtype).reshape(-1, o_NID.shape[-1])
-    return out_BTNI.reshape(*out_BTNI.shape[:2], -1) @ o_XD
-
-
 class FeedForward(nnx.Module):
     """SwiGLU (arXiv 2002.05202): `down(silu(gate(x)) * up(x))`."""
 
@@ -124,9 +116,8 @@ class FeedForward(nnx.Module):
         self.up_DF = weight(keys, (width, hidden), ("embed", "mlp"), width)
         self.down_FD = weight(keys, (hidden, width), ("mlp", "embed"), hidden, residual_layers=layers)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        dtype = x_BTD.dtype
-        gate_BTF = x_BTD @ self.gate_DF[...].astype(dtype)
-        up_BTF = x_BTD @ self.up_DF[...].astype(dtype)
+    def __call__(self, x_BTD: Float[Array, "B T D"], matmul: Matmul = "plain") -> Float[Array, "B T D"]:
+        gate_BTF = linear(x_BTD, self.gate_DF[...], matmul)
+        up_BTF = linear(x_BTD, self.up_DF[...], matmul)
         hidden_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", "length", "mlp")
-        return hidden_BTF @ self.down_FD[...].astype(dtype)
+        return linear(hidden_BTF, self.down_FD[...], matmul)

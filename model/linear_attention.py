@@ -15,7 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
-from model.layers import Keys, RMSNorm, merge_heads, weight
+from model.layers import Keys, RMSNorm, weight
+from model.linear import Matmul, linear, merge_heads
 from sharding.context_parallel import context_shards, from_previous, incoming_state
 from sharding.rules import constrain
 
@@ -313,15 +314,19 @@ class GatedDeltaNet(nnx.Module):
         self.o_NID = weight(keys, (N, I, D), (*value, "embed"), N * I, residual_layers=config.num_layers)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], valid_BT: Array, documents_BT: Int[Array, "B T"], stored: State | None
+        self,
+        x_BTD: Float[Array, "B T D"],
+        valid_BT: Array,
+        documents_BT: Int[Array, "B T"],
+        stored: State | None,
+        matmul: Matmul = "plain",
     ) -> tuple[Float[Array, "B T D"], State | None]:
         """The output and, with a `stored` state, the state after this batch; padding leaves it untouched."""
         dtype, float32 = x_BTD.dtype, jnp.float32
         x_BTD = jnp.where(valid_BT[..., None], x_BTD, 0)
 
         def project(weight: nnx.Param, heads: str) -> Array:
-            y = jnp.einsum("btd,dnh->btnh", x_BTD, weight[...].astype(dtype))
-            return constrain(y, "batch", "length", heads, "head_dim")
+            return constrain(linear(x_BTD, weight[...], matmul), "batch", "length", heads, "head_dim")
 
         mixed, inputs = [], []
         parts = (
@@ -353,7 +358,7 @@ class GatedDeltaNet(nnx.Module):
         gate_BTNI = project(self.gate_DNI, "heads").astype(float32)
         out_BTNI = (self.norm(out_BTNI.astype(dtype)) * jax.nn.silu(gate_BTNI)).astype(dtype)
         out_BTNI = constrain(out_BTNI, "batch", "length", "heads", "head_dim")
-        out_BTD = merge_heads(out_BTNI, self.o_NID[...])
+        out_BTD = merge_heads(out_BTNI, self.o_NID[...], matmul)
         if stored is None:
             return out_BTD, None
         lengths_B = valid_BT.sum(axis=1, dtype=jnp.int32)

@@ -11,6 +11,7 @@ from model.config import ModelConfig, MoEConfig
 from model.expert_weights import Experts
 from model.experts import on_received_rows, run_experts
 from model.layers import FeedForward, Keys, weight
+from model.linear import Matmul
 from sharding.expert_parallel import spread_experts
 from sharding.mesh import Exchange
 from sharding.rules import DECODE, TRAIN, constrain
@@ -115,6 +116,7 @@ class MoE(nnx.Module):
         *,
         training: bool,
         exchange: Exchange = "auto",
+        matmul: Matmul = "plain",
         replay_BTC: Int[Array, "B T C"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats, Int[Array, "B T C"]]:
         """Output, statistics and the experts chosen (E for padding)."""
@@ -139,15 +141,15 @@ class MoE(nnx.Module):
                 table=TRAIN if training else DECODE,
                 exchange=exchange,
                 compute=lambda x, ids, weights, params, shards: run_experts(
-                    x, ids, weights, Experts(**params), training=training, activation=kind, shards=shards
+                    x, ids, weights, Experts(**params), training=training, activation=kind, shards=shards, matmul=matmul
                 ),
                 apply=lambda rows, share, counts, params: on_received_rows(
-                    rows, share, counts, Experts(**params), kind
+                    rows, share, counts, Experts(**params), kind, matmul
                 ),
             )
         y_BTD = constrain(y_MD.reshape(shape), "batch", "length", "embed")
         if self.shared is not None:
-            shared_BTD = self.shared(x_BTD)
+            shared_BTD = self.shared(x_BTD, matmul)
             if self.shared_gate_D is not None:
                 logit_BT = x_BTD @ self.shared_gate_D[...].astype(dtype)
                 shared_BTD = shared_BTD * jax.nn.sigmoid(logit_BT)[..., None]

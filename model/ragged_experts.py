@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from model.expert_weights import Activation, Experts, activate
+from model.linear import Matmul, by_groups
 from sharding.expert_parallel import add_rounds
 
 
@@ -39,7 +40,7 @@ class Window(NamedTuple):
     real_S1: Array
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def ragged(
     x_MD: Float[Array, "M D"],
     ids_MC: Int[Array, "M C"],
@@ -47,13 +48,14 @@ def ragged(
     params: Experts,
     capacity: int,
     activation: Activation = "swiglu",
+    matmul: Matmul = "plain",
 ) -> Float[Array, "M D"]:
     """`sum_c weights[m, c] * expert[ids[m, c]](x[m])`; an id of E means nothing.
 
     Args:
         capacity: rows computed at a time.
     """
-    return _forward(x_MD, ids_MC, weights_MC, params, capacity, activation)[0]
+    return _forward(x_MD, ids_MC, weights_MC, params, capacity, activation, matmul)[0]
 
 
 def weighted(
@@ -64,6 +66,7 @@ def weighted(
     expert_S: Array,
     real_S1: Array,
     activation: Activation,
+    matmul: Matmul,
 ) -> Float[Array, "S D"]:
     """Rows sorted by expert through their experts, times their shares, which come before the last product.
 
@@ -74,56 +77,21 @@ def weighted(
     def plus(out_SX: Array, bias_EX: Array | None, share_S1: Array | int = 1) -> Array:
         return out_SX if bias_EX is None else out_SX + bias_EX[expert_S] * share_S1
 
-    gate_SF = plus(into(rows_SD, params.gate_EDF, sizes_E), params.gate_bias_EF)
-    up_SF = plus(into(rows_SD, params.up_EDF, sizes_E), params.up_bias_EF)
+    gate_SF = plus(by_groups(rows_SD, params.gate_EDF, sizes_E, matmul), params.gate_bias_EF)
+    up_SF = plus(by_groups(rows_SD, params.up_EDF, sizes_E, matmul), params.up_bias_EF)
     # Rows past the last group are undefined in the kernels.
     hidden_SF = jnp.where(real_S1, activate(gate_SF, up_SF, activation), 0) * share_S[:, None]
-    return plus(out_of(hidden_SF, params.down_EDF, sizes_E), params.down_bias_ED, share_S[:, None])
-
-
-def _product(x_SX: Array, y: Array, sizes_E: Array, contracted: tuple[int, int], grouped: bool) -> Array:
-    """A ragged product: of rows with each group's own matrix (`grouped`), or of two sets of rows to one matrix each."""
-    numbers = jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((contracted[0],), (contracted[1],)), ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[0] if grouped else [],
-    )
-    # Products of bfloat16 are exact as they are; the TPU's kernel refuses to be asked for more.
-    exact = None if x_SX.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.ragged_dot_general(x_SX, y, sizes_E, numbers, precision=exact)
-
-
-@jax.custom_vjp
-def into(rows_SD: Array, weight_EDF: Array, sizes_E: Array) -> Float[Array, "S F"]:
-    """Rows times the matrix of their expert, from the width of the model to that of the expert.
-
-    With the gradients written out no weight is ever transposed in memory.
-    """
-    return _product(rows_SD, weight_EDF, sizes_E, (1, 1), True)
-
-
-@jax.custom_vjp
-def out_of(hidden_SF: Array, weight_EDF: Array, sizes_E: Array) -> Float[Array, "S D"]:
-    """The way back, by a weight that lies the same way."""
-    return _product(hidden_SF, weight_EDF, sizes_E, (1, 2), True)
-
-
-def _into_backward(saved: tuple[Array, ...], d_out_SF: Array) -> tuple[Array, Array, None]:
-    rows_SD, weight_EDF, sizes_E = saved
-    return out_of(d_out_SF, weight_EDF, sizes_E), _product(rows_SD, d_out_SF, sizes_E, (0, 0), False), None
-
-
-def _out_of_backward(saved: tuple[Array, ...], d_out_SD: Array) -> tuple[Array, Array, None]:
-    hidden_SF, weight_EDF, sizes_E = saved
-    return into(d_out_SD, weight_EDF, sizes_E), _product(d_out_SD, hidden_SF, sizes_E, (0, 0), False), None
-
-
-into.defvjp(lambda *args: (into(*args), args), _into_backward)
-out_of.defvjp(lambda *args: (out_of(*args), args), _out_of_backward)
+    out_SD = by_groups(hidden_SF, params.down_EDF, sizes_E, matmul, back=True)
+    return plus(out_SD, params.down_bias_ED, share_S[:, None])
 
 
 def packed(
-    rows_XESD: Array, share_XES: Array, counts_XE: Array, params: Experts, activation: Activation = "swiglu"
+    rows_XESD: Array,
+    share_XES: Array,
+    counts_XE: Array,
+    params: Experts,
+    activation: Activation = "swiglu",
+    matmul: Matmul = "plain",
 ) -> Float[Array, "X E S D"]:
     """Rows that X shards sent, each expert's put one after the other and through it, and back to where they were.
 
@@ -143,7 +111,7 @@ def packed(
     real_S1 = (jnp.arange(count) < sizes_E.sum())[:, None]
     rows_SD = permute(rows_XESD.reshape(count, width), from_S, back_S)
     share_S = permute(share_XES.reshape(count, 1), from_S, back_S)[:, 0]
-    out_SD = weighted(rows_SD, share_S, params, sizes_E, expert_S, real_S1, activation)
+    out_SD = weighted(rows_SD, share_S, params, sizes_E, expert_S, real_S1, activation, matmul)
     return permute(out_SD, back_S, from_S).reshape(rows_XESD.shape)
 
 
@@ -192,7 +160,13 @@ def _turns(order: Order, capacity: int, body: Any) -> Any:
 
 
 def _forward(
-    x_MD: Array, ids_MC: Array, weights_MC: Array, params: Experts, capacity: int, activation: Activation
+    x_MD: Array,
+    ids_MC: Array,
+    weights_MC: Array,
+    params: Experts,
+    capacity: int,
+    activation: Activation,
+    matmul: Matmul,
 ) -> tuple[Array, tuple]:
     order = _sort(ids_MC, len(params.gate_EDF))
     weights_R = weights_MC.reshape(-1)
@@ -200,13 +174,13 @@ def _forward(
     def body(turn: Array | int) -> Array:
         window = _window(order, turn, capacity, ids_MC.shape[1])
         share_S = jnp.take(weights_R, window.pair_S, mode="fill", fill_value=0)
-        out_SD = weighted(_rows(x_MD, window), share_S, params, *window[2:], activation)
+        out_SD = weighted(_rows(x_MD, window), share_S, params, *window[2:], activation, matmul)
         return _added(x_MD, out_SD, window)
 
     return _turns(order, capacity, body), (x_MD, ids_MC, weights_MC, params, order)
 
 
-def _backward(capacity: int, activation: Activation, saved: tuple, dy_MD: Array) -> tuple:
+def _backward(capacity: int, activation: Activation, matmul: Matmul, saved: tuple, dy_MD: Array) -> tuple:
     """The hidden layer is computed again, so that none of it was kept."""
     x_MD, ids_MC, weights_MC, params, order = saved
     weights_R = weights_MC.reshape(-1)
@@ -215,7 +189,7 @@ def _backward(capacity: int, activation: Activation, saved: tuple, dy_MD: Array)
         window = _window(order, turn, capacity, ids_MC.shape[1])
         share_S = jnp.take(weights_R, window.pair_S, mode="fill", fill_value=0)
         _, pull = jax.vjp(
-            lambda rows, share, params: weighted(rows, share, params, *window[2:], activation),
+            lambda rows, share, params: weighted(rows, share, params, *window[2:], activation, matmul),
             _rows(x_MD, window),
             share_S,
             params,

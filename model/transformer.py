@@ -13,6 +13,7 @@ from model.attention import Attention, Mask
 from model.config import ModelConfig
 from model.latent_attention import LatentAttention
 from model.layers import FeedForward, Keys, RMSNorm, weight
+from model.linear import Matmul, check_installed, linear
 from model.linear_attention import GatedDeltaNet
 from model.moe import MoE, RouterStats
 from sharding.data_parallel import gather, keep_all_but_gathered
@@ -34,6 +35,7 @@ class Context:
     documents_BT: Array
     training: bool = struct.field(pytree_node=False)
     exchange: Exchange = struct.field(pytree_node=False)
+    matmul: Matmul = struct.field(pytree_node=False, default="plain")
 
 
 class BlockOutput(NamedTuple):
@@ -68,11 +70,11 @@ class Block(nnx.Module):
         stored: tuple[Array, ...] | None = None,
         replay_BTC: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], BlockOutput]:
-        normed = self.attention_norm(x_BTD)
+        normed, matmul = self.attention_norm(x_BTD), context.matmul
         if isinstance(self.attention, GatedDeltaNet):
-            attended, stored = self.attention(normed, context.valid_BT, context.documents_BT, stored)
+            attended, stored = self.attention(normed, context.valid_BT, context.documents_BT, stored, matmul)
         else:
-            attended, stored = self.attention(normed, context.rope, context.mask, stored, context.write_BT)
+            attended, stored = self.attention(normed, context.rope, context.mask, stored, context.write_BT, matmul)
         x_BTD = constrain(x_BTD + attended, "batch", "length", "embed")
         normed = self.feed_forward_norm(x_BTD)
         if isinstance(self.feed_forward, MoE):
@@ -81,10 +83,11 @@ class Block(nnx.Module):
                 context.valid_BT,
                 training=context.training,
                 exchange=context.exchange,
+                matmul=matmul,
                 replay_BTC=replay_BTC,
             )
         else:
-            out, stats, experts_BTC = self.feed_forward(normed), None, None
+            out, stats, experts_BTC = self.feed_forward(normed, matmul), None, None
         return constrain(x_BTD + out, "batch", "length", "embed"), BlockOutput(stored, stats, experts_BTC)
 
 
@@ -112,7 +115,7 @@ class NextTokenBlock(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], BlockOutput]:
         """The hidden state that predicts token t + 2, from that of t and the embedding of token t + 1."""
         both_BTX = jnp.concatenate([self.embedding_norm(embedded_BTD), self.hidden_norm(hidden_BTD)], axis=-1)
-        x_BTD, output = self.block(both_BTX @ self.join_XD[...].astype(both_BTX.dtype), context, stored)
+        x_BTD, output = self.block(linear(both_BTX, self.join_XD[...], context.matmul), context, stored)
         return self.norm(x_BTD), output
 
 
@@ -200,6 +203,7 @@ class Transformer(nnx.Module):
         stacked: one array per pattern position, scanned, instead of one per layer.
         exchange: how tokens meet experts on other devices, see `sharding.expert_parallel`.
         context_exchange: how queries meet keys on other devices, see `sharding.context_parallel`.
+        matmul: how weights are multiplied while training, see `model.linear`.
     """
 
     def __init__(
@@ -212,7 +216,9 @@ class Transformer(nnx.Module):
         stacked: bool = False,
         exchange: Exchange = "auto",
         context_exchange: ContextExchange = "ring",
+        matmul: Matmul = "plain",
     ):
+        check_installed(matmul)
         V, D = config.vocab_size, config.hidden_size
         keys = Keys(jax.random.fold_in(key, config.num_layers))
         # At unit variance the token itself, not the average of its neighbours, decides where early layers route
@@ -231,6 +237,7 @@ class Transformer(nnx.Module):
         self.stacked = stacked
         self.exchange: Exchange = exchange
         self.context_exchange: ContextExchange = context_exchange
+        self.matmul: Matmul = matmul
 
     def head(self) -> Float[Array, "D V"]:
         """The output head; the transposed embedding when they are tied."""

@@ -60,6 +60,7 @@ def build_model(run: Run, key: Array) -> Transformer:
         stacked=is_stacked(run),
         exchange=run.mesh.exchange,
         context_exchange=run.mesh.context_exchange,
+        matmul=run.matmul,
     )
 
 

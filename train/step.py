@@ -165,6 +165,7 @@ def make_validation_step(skeleton: Skeleton, loss: Loss) -> Callable[[TrainState
 
     def step(state: TrainState, batch: dict[str, Array]) -> Array:
         model = skeleton.merge(state.params, state.extra)
+        model.matmul = "plain"  # as the model is used
         sums = totals(batch)
         _, parts = loss(model, batch, sums, no_parts(model))
         return jnp.stack([parts.loss * sums.weight, sums.weight])

@@ -1,0 +1,157 @@
+"""Products of activations and weights: plain, or in 8 bits while training.
+
+An 8-bit product is qwix's (https://github.com/google/qwix): both sides are divided by the largest magnitude along what
+is summed over (of each token, and of each output channel), so that the scales come out of the sum; rounded; multiplied
+in 8 bits, which an accelerator does at up to twice the rate; and scaled back. The backward pass does the same with the
+gradient that comes in, and reuses what the forward pass has rounded.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from errors import UserError
+
+Matmul = Literal["plain", "int8", "fp8"]
+
+TYPES = {"int8": (jnp.int8, jnp.int8), "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2)}
+"""Of activations and weights, and of gradients, which need range more than precision (arXiv 2209.05433, section 3)."""
+
+
+def check_installed(matmul: Matmul) -> None:
+    """Refuses 8-bit products where qwix is missing.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    if matmul != "plain":
+        try:
+            dense_config(matmul)
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"matmul={matmul} needs qwix ({error}): pip install 'qmax[quantized]', or leave it plain"
+            ) from error
+
+
+@cache
+def dense_config(matmul: Matmul) -> Any:
+    """qwix's options of a product of two arrays."""
+    from qwix._src.core.dot_general_qt import DotGeneralQtConfig  # public only as a patch of jax's functions
+
+    stored, gradient = TYPES[matmul]
+    return DotGeneralQtConfig(
+        lhs_qtype=stored,
+        rhs_qtype=stored,
+        dlhs_grad_qtype=gradient,
+        drhs_grad_qtype=gradient,
+        disable_gradient_clipping=True,  # nothing is beyond the largest magnitude
+    )
+
+
+@cache
+def ragged_config(matmul: Matmul) -> Any:
+    """qwix's options of a grouped product."""
+    from qwix._src.core.ragged_dot_qt import RaggedDotQtConfig
+
+    stored, gradient = TYPES[matmul]
+    return RaggedDotQtConfig(lhs_qtype=stored, rhs_qtype=stored, dlhs_grad_qtype=gradient, drhs_grad_qtype=gradient)
+
+
+def linear(x: Float[Array, "*B D"], weight: Float[Array, "D *N"], matmul: Matmul = "plain") -> Array:
+    """`[*B, *N]`: the sum over D of `x` times `weight`, in the type of `x`.
+
+    Args:
+        matmul: how, while training. With int8 an entry differs from the exact one by at most
+            `(s sum|w| + t sum|x|) / 2 + D s t / 4`, where s and t are 2/255 of the largest |x| and |w| in the sum.
+    """
+    weight = weight.astype(x.dtype)
+    if matmul == "plain":
+        return jnp.tensordot(x, weight, 1)
+    return _quantized(x, weight, (((x.ndim - 1,), (0,)), ((), ())), matmul)
+
+
+def merge_heads(
+    out_BTNI: Float[Array, "B T N I"], o_NID: Float[Array, "N I D"], matmul: Matmul = "plain"
+) -> Float[Array, "B T D"]:
+    """The output projection: all heads of a token times one matrix, in the type of `out_BTNI`.
+
+    A plain product: as an einsum over two dimensions XLA transposes the weight at every decode step.
+    """
+    o_XD = o_NID.astype(out_BTNI.dtype).reshape(-1, o_NID.shape[-1])
+    return linear(out_BTNI.reshape(*out_BTNI.shape[:2], -1), o_XD, matmul)
+
+
+def on_own_weight(rows: Float[Array, "*E M D"], weight: Float[Array, "*E D F"], matmul: Matmul) -> Array:
+    """`[*E, M, F]`: the rows of each expert times its weight."""
+    if matmul == "plain":
+        return rows @ weight
+    experts, last = tuple(range(rows.ndim - 2)), rows.ndim - 1
+    return _quantized(rows, weight, (((last,), (last - 1,)), (experts, experts)), matmul)
+
+
+def by_groups(
+    rows_SX: Array, weight_EDF: Float[Array, "E D F"], sizes_E: Int[Array, " E"], matmul: Matmul, *, back: bool = False
+) -> Array:
+    """Rows, sorted by expert, times the weight of theirs; `sizes` counts the rows of each.
+
+    From `[S, D]` to `[S, F]`, or with `back` from `[S, F]` to `[S, D]`. In 8 bits an output channel has one scale for
+    all experts.
+    """
+    if matmul == "plain":
+        return out_of(rows_SX, weight_EDF, sizes_E) if back else into(rows_SX, weight_EDF, sizes_E)
+    from qwix._src.core.ragged_dot_qt import ragged_dot_qt
+
+    weight = jnp.swapaxes(weight_EDF, 1, 2) if back else weight_EDF
+    return ragged_dot_qt(rows_SX, weight, sizes_E, ragged_config(matmul), jax.lax.Precision.DEFAULT)
+
+
+def _product(x_SX: Array, y: Array, sizes_E: Array, contracted: tuple[int, int], grouped: bool) -> Array:
+    """A ragged product: of rows with each group's own matrix (`grouped`), or of two sets of rows to one matrix each."""
+    numbers = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((contracted[0],), (contracted[1],)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[0] if grouped else [],
+    )
+    # Products of bfloat16 are exact as they are; the TPU's kernel refuses to be asked for more.
+    exact = None if x_SX.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jax.lax.ragged_dot_general(x_SX, y, sizes_E, numbers, precision=exact)
+
+
+@jax.custom_vjp
+def into(rows_SD: Array, weight_EDF: Array, sizes_E: Array) -> Float[Array, "S F"]:
+    """Rows times the matrix of their expert, from the width of the model to that of the expert.
+
+    With the gradients written out no weight is ever transposed in memory.
+    """
+    return _product(rows_SD, weight_EDF, sizes_E, (1, 1), True)
+
+
+@jax.custom_vjp
+def out_of(hidden_SF: Array, weight_EDF: Array, sizes_E: Array) -> Float[Array, "S D"]:
+    """The way back, by a weight that lies the same way."""
+    return _product(hidden_SF, weight_EDF, sizes_E, (1, 2), True)
+
+
+def _into_backward(saved: tuple[Array, ...], d_out_SF: Array) -> tuple[Array, Array, None]:
+    rows_SD, weight_EDF, sizes_E = saved
+    return out_of(d_out_SF, weight_EDF, sizes_E), _product(rows_SD, d_out_SF, sizes_E, (0, 0), False), None
+
+
+def _out_of_backward(saved: tuple[Array, ...], d_out_SD: Array) -> tuple[Array, Array, None]:
+    hidden_SF, weight_EDF, sizes_E = saved
+    return into(d_out_SD, weight_EDF, sizes_E), _product(d_out_SD, hidden_SF, sizes_E, (0, 0), False), None
+
+
+into.defvjp(lambda *args: (into(*args), args), _into_backward)
+out_of.defvjp(lambda *args: (out_of(*args), args), _out_of_backward)
+
+
+def _quantized(x: Array, y: Array, dimensions: Any, matmul: Matmul) -> Array:
+    from qwix._src.core.dot_general_qt import dot_general_qt
+
+    return dot_general_qt(x, y, dimensions, dense_config(matmul))
