@@ -22,6 +22,10 @@ Matmul = Literal["plain", "int8", "fp8"]
 TYPES = {"int8": (jnp.int8, jnp.int8), "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2)}
 """Of activations and weights, and of gradients, which need range more than precision (arXiv 2209.05433, section 3)."""
 
+LARGEST = {"int8": "absmax", "fp8": f"absmax,{448 / 240}"}
+"""What the largest magnitude stands for, in qwix's terms: in e4m3 for 240, not 448. What `jax.checkpoint` keeps passes
+through `reduce_precision`, which takes the highest exponent for infinity and makes NaN of more than 240."""
+
 
 def check_installed(matmul: Matmul) -> None:
     """Refuses 8-bit products where qwix is missing.
@@ -47,6 +51,8 @@ def dense_config(matmul: Matmul) -> Any:
     return DotGeneralQtConfig(
         lhs_qtype=stored,
         rhs_qtype=stored,
+        lhs_calibration_method=LARGEST[matmul],
+        rhs_calibration_method=LARGEST[matmul],
         dlhs_grad_qtype=gradient,
         drhs_grad_qtype=gradient,
         disable_gradient_clipping=True,  # nothing is beyond the largest magnitude
