@@ -219,9 +219,9 @@ check() {
     say "tests"
     "$venv/bin/python" -m pytest "$@"
     if [ -n "$parity" ]; then
-        QMAX_EXTRA="" ensure "$root/.venv-parity" "$old" dev parity
-        say "parity with transformers"
-        QMAX_PARITY=1 "$root/.venv-parity/bin/python" -m pytest tests/parity
+        QMAX_EXTRA="" ensure "$root/.venv-parity" "$old" dev parity plan
+        say "parity with transformers, and plans by the TPU compiler"
+        QMAX_PARITY=1 "$root/.venv-parity/bin/python" -m pytest tests/parity tests/test_plan.py
     fi
 }
 

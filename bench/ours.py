@@ -156,7 +156,7 @@ def decode(shape: Shape, repeats: int, rows: int, devices: int = 1) -> Result:
     return result(
         rows * (shape.new - 1),
         whole,
-        step_compilations=compiled.count("jit(_decode)"),
+        step_compilations=compiled.count("jit(decode_step)"),
         compilations_after_warmup=len(names) - warm,
         first_token_seconds=median(first.seconds),
     )

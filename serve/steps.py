@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from model.cache import Cache, empty_cache, layer_axes
 from model.config import ModelConfig
 from model.forward import Batch, continuation, forward, unembed
 from model.transformer import Transformer
-from model.tree import Skeleton, make_skeleton, unstack
+from model.tree import Arrays, Skeleton, list_names, make_skeleton
 from serve.sampling import SamplingArrays, sample
+from sharding.reshard import reshard
 from sharding.rules import DECODE, array_sharding, constrain
 
 
@@ -112,45 +112,37 @@ def decode_weights(model: Transformer, mesh: jax.sharding.Mesh | None) -> Transf
 
     Arrays that are right already are shared, not copied. The router stays in float32: it computes in that.
     """
+    config = model.config
+    listed = make_skeleton(config, stacked=False, dtype=model.dtype)
 
-    def place(variable: nnx.Variable, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-        value = variable[...].astype(wanted.dtype)
-        return value if mesh is None else jax.device_put(value, wanted.sharding)
+    def place(arrays: Arrays, wanted: dict[str, Any]) -> Arrays:
+        found: Arrays = {}
+        for name, leaf in arrays.items():
+            names = list_names(name, config) if model.stacked else [name]
+            found |= zip(names, reshard(leaf, [wanted[own] for own in names]), strict=True)
+        return found
 
-    return _each(unstacked(model), model.dtype, mesh, place)
+    wanted = abstract_arrays(config, model.dtype, mesh)
+    own = Skeleton(model)
+    weights, state = (place(arrays, kind) for arrays, kind in zip(own.split(model), wanted, strict=True))
+    return own.merge(weights, state) if not model.stacked else listed.merge(weights, state)
 
 
 def abstract_weights(config: ModelConfig, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None) -> Transformer:
     """Shapes, types and layout of `decode_weights`; allocates nothing."""
+    return make_skeleton(config, stacked=False, dtype=dtype).merge(*abstract_arrays(config, dtype, mesh))
+
+
+def abstract_arrays(
+    config: ModelConfig, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The weights and the other state of `abstract_weights`, by path."""
     skeleton = make_skeleton(config, stacked=False, dtype=dtype)
+    shapes, axes, weights = skeleton.shapes, skeleton.axes, skeleton.weights
     arrays: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
-    for name, shape in skeleton.shapes.items():
-        arrays[name not in skeleton.weights][name] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    model = skeleton.merge(*arrays)
-    return _each(model, dtype, mesh, lambda _, wanted: wanted)
-
-
-def _each(
-    model: Transformer,
-    dtype: jnp.dtype,
-    mesh: jax.sharding.Mesh | None,
-    place: Callable[[nnx.Variable, jax.ShapeDtypeStruct], Any],
-) -> Transformer:
-    """`model` with `place(variable, how it should be)` for each of its arrays."""
-
-    def one(variable: nnx.Variable) -> nnx.Variable:
-        axes, value = variable.get_metadata().get("axes") or (), variable.get_value()
-        plain = isinstance(variable, nnx.Param) and axes[:1] != ("router",)
-        layout = None if mesh is None else array_sharding(axes, value.ndim, mesh, DECODE)
-        wanted = jax.ShapeDtypeStruct(value.shape, dtype if plain else value.dtype, sharding=layout)
-        return variable.replace(place(variable, wanted))
-
-    return jax.tree.map(one, model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-
-
-def unstacked(model: Transformer) -> Transformer:
-    """`model` with one array per layer; itself if it has that form."""
-    if not model.stacked:
-        return model
-    listed = make_skeleton(model.config, stacked=False, dtype=model.dtype)
-    return listed.merge(*(unstack(arrays, model.config) for arrays in Skeleton(model).split(model)))
+    for name, shape in shapes.items():
+        is_state = name not in weights
+        kind = jnp.float32 if is_state or axes[name][:1] == ("router",) else dtype
+        layout = None if mesh is None else array_sharding(axes[name], len(shape), mesh, DECODE)
+        arrays[is_state][name] = jax.ShapeDtypeStruct(shape, kind, sharding=layout)
+    return arrays
