@@ -151,7 +151,7 @@ def make_context(model: Transformer, batch: Batch, cache: Cache | None) -> Conte
 
 def spreads(model: Transformer, batch: Batch) -> bool:
     """Whether layers run on each device's own tokens; otherwise the compiler lays everything out."""
-    return model.exchange != "gspmd" and divides(batch.tokens_BT.shape)
+    return model.exchange != "gspmd" and divides(batch.tokens_BT.shape, model.dtype)
 
 
 def spread(run: Callable[[Any, Any], tuple[Any, Any]], module: nnx.Module, tokens: Any) -> tuple[Any, Any]:

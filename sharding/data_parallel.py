@@ -18,7 +18,7 @@ from jax import shard_map
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from sharding.mesh import BATCH_AXES, TOKEN_AXES
+from sharding.mesh import BATCH_AXES, TOKEN_AXES, platform
 from sharding.rules import TRAIN, spec, without
 
 GATHERED = "gathered"
@@ -31,11 +31,13 @@ TOKENS = P(BATCH_AXES, "context")
 """How a `[B, T, ...]` array is cut."""
 
 
-def divides(tokens: Sequence[int]) -> bool:
-    """Whether a batch of `[B, T]` tokens can be cut over the mesh in force."""
+def divides(tokens: Sequence[int], dtype: jnp.dtype) -> bool:
+    """Whether a batch of `[B, T]` tokens, whose activations are of `dtype`, can be cut over the mesh in force."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return False
+    if platform() == "cpu" and dtype == jnp.bfloat16:
+        return False  # XLA's compiler for CPUs dies of sums over devices in bfloat16
     rows = prod(mesh.shape[axis] for axis in BATCH_AXES)
     return tokens[0] % rows == 0 and tokens[1] % mesh.shape["context"] == 0
 
@@ -58,6 +60,10 @@ def on_own_tokens(
         without(spec(("layers",) * (leaf.ndim - len(own)) + tuple(own), TRAIN), ["tensor"])
         for leaf, own in zip(weights, axes, strict=True)
     ]
+
+    if platform() == "cpu":
+        # Gradients of weights in bfloat16 would be summed in it, see `divides`.
+        weights = [leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf for leaf in weights]
 
     def local(weights: list[Any], tokens: Any) -> tuple[Any, Any]:
         arrays, sums = function(weights, tokens)

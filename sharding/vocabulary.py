@@ -33,7 +33,7 @@ def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.
     Every device looks up its columns for the tokens of all its peers along `fsdp`, and these travel: the table,
     which is larger, stays.
     """
-    if not divides(tokens_BT.shape):
+    if not divides(tokens_BT.shape, dtype):
         return jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
 
     def local(table_vd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
@@ -49,11 +49,16 @@ def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.
 
 
 def on_own_logits(
-    function: Callable[..., tuple[Any, Any]], hidden_BTD: jax.Array, head_DV: jax.Array, *tokens: jax.Array
+    function: Callable[..., tuple[Any, Any]],
+    hidden_BTD: jax.Array,
+    head_DV: jax.Array,
+    *tokens: jax.Array,
+    gradients: bool,
 ) -> tuple[Any, Any]:
     """`function(hidden, head, *tokens)` on each device's tokens and part of the vocabulary.
 
     Args:
+        gradients: whether there are any.
         function: gives sums over tokens, and None or gradients: of `hidden`, from this part of the vocabulary, and
             of `head`, from these tokens. Where the vocabulary is cut it also gets `parts`, the axes for
             `over_vocabulary` and `vocabulary_start`.
@@ -61,7 +66,7 @@ def on_own_logits(
     Returns:
         The sums over all devices; and the gradients, laid out as what they are of.
     """
-    if not divides(hidden_BTD.shape[:2]):
+    if not divides(hidden_BTD.shape[:2], hidden_BTD.dtype):
         return function(hidden_BTD, head_DV, *tokens)
     mesh = jax.sharding.get_abstract_mesh()
     parts = PARTS if head_DV.shape[1] % (mesh.shape["expert"] * mesh.shape["tensor"]) == 0 else ("tensor",)
@@ -73,11 +78,11 @@ def on_own_logits(
         if together:
             hidden_btD = jax.lax.all_gather(hidden_btD, "expert", tiled=True)
             tokens = tuple(jax.lax.all_gather(x, "expert", tiled=True) for x in tokens)
-        sums, gradients = function(hidden_btD, head_Dv, *tokens, parts=parts)
+        sums, found = function(hidden_btD, head_Dv, *tokens, parts=parts)
         sums = jax.lax.psum(sums, tuple(axis for axis in TOKEN_AXES if axis not in parts))
-        if gradients is None:
+        if not gradients:
             return sums, None
-        d_hidden, d_head = gradients
+        d_hidden, d_head = found
         if together:
             d_hidden = jax.lax.psum_scatter(d_hidden, "expert", tiled=True)
         d_head = jax.lax.psum_scatter(d_head, "fsdp", tiled=True)
@@ -85,7 +90,7 @@ def on_own_logits(
 
     head = P("fsdp", parts)
     specs = (TOKENS, head, *(TOKENS for _ in tokens))
-    return shard_map(local, in_specs=specs, out_specs=(P(), (TOKENS, head)), check_vma=False)(
+    return shard_map(local, in_specs=specs, out_specs=(P(), (TOKENS, head) if gradients else None), check_vma=False)(
         hidden_BTD, head_DV, *tokens
     )
 

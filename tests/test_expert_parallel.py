@@ -74,7 +74,7 @@ def exchanged(exchange, x_MD, ids_MC, weights_MC, params, kind: Activation = "sw
         return run(x, ids, shares, dict(zip(names, whole, strict=True)))[:, None], ()
 
     tokens = (x_MD, jnp.asarray(ids_MC), weights_MC)
-    if not training or not divides((len(x_MD), 1)):
+    if not training or not divides((len(x_MD), 1), x_MD.dtype):
         return run(*tokens, params)
     return on_own_tokens(local, list(params.values()), [AXES[name] for name in names], [a[:, None] for a in tokens])[0][
         :, 0

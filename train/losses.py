@@ -97,7 +97,12 @@ def _cross_entropy(
 ) -> tuple[tuple[Array, Array, Array], Any]:
     """The sums and, with `gradients`, the gradients of the first by hidden state and head."""
     return on_own_logits(
-        partial(_own_cross_entropy, z_weight=z_weight, gradients=gradients), hidden_BTD, head_DV, targets_BT, weights_BT
+        partial(_own_cross_entropy, z_weight=z_weight, gradients=gradients),
+        hidden_BTD,
+        head_DV,
+        targets_BT,
+        weights_BT,
+        gradients=gradients,
     )
 
 
