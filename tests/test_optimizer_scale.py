@@ -146,8 +146,7 @@ def test_moments_cut_over_data_change_no_result(form: dict[str, Any], mesh: Mesh
     one = Trainer(make_run(MOE, optimizer=optimizer, **form), ONE)
     cut, whole = (on_mesh(mesh, one, optimizer=replace(optimizer, shard_over_data=over)) for over in (True, False))
     for path, (part, all_of) in part_sizes(cut, whole).items():
-        # A router's weight is whole everywhere; its moments are cut all the same.
-        assert part * mesh.data * (mesh.fsdp if "router" in path else 1) == all_of, path
+        assert part * mesh.data == all_of, path
     for step in range(3):
         rows = make_rows(one.run, step)
         expected = one(rows)
