@@ -3,7 +3,7 @@
     ./run.sh plan configs/qwen3_235b_a22b.py --topology v5p:4x4x8
     ./run.sh plan configs/qwen3_235b_a22b.py --topology tpu7x:4x4x4                              (tpu7x-128)
 
-RESULT
+Not compiled whole yet: ask `qmax plan`.
 """
 
 from configs.run import DataConfig, OptimizerConfig, Run

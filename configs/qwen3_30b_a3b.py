@@ -3,7 +3,7 @@
     ./run.sh plan configs/qwen3_30b_a3b.py --topology v5p:2x2x4
     ./run.sh plan configs/qwen3_30b_a3b.py --topology v6e:8x8 --mesh.fsdp 16 --data.batch-size 64     (v6e-64)
 
-RESULT
+Not compiled whole yet: ask `qmax plan`.
 """
 
 from configs.run import DataConfig, OptimizerConfig, Run

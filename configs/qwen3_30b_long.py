@@ -2,7 +2,7 @@
 
     ./run.sh plan configs/qwen3_30b_long.py --topology v5p:4x4x4
 
-RESULT
+Not compiled whole yet: ask `qmax plan`.
 """
 
 from configs.run import DataConfig, OptimizerConfig, Run

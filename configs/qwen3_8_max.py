@@ -2,7 +2,7 @@
 
     ./run.sh plan configs/qwen3_8_max.py --topology v5p:8x8x8
 
-RESULT
+Not compiled whole yet: ask `qmax plan`.
 """
 
 from configs.run import DataConfig, OptimizerConfig, Run
