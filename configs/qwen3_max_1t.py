@@ -6,7 +6,8 @@
     ./run.sh plan configs/qwen3_max_1t.py --topology tpu7x:4x8x8 --mesh.fsdp 32 --data.batch-size 512
 
 By libtpu 0.0.52 for v5p: 23.0 GiB per device at the peak (weights 2.2, optimizer 4.5, within a step 16.3), whatever the
-routing; no layer waits for all devices; 20 % to 40 % MFU by the plan's model of the time. The others were not compiled yet.
+routing; no layer waits for all devices; 20 % to 40 % MFU by the plan's model of the time.
+The others are not compiled yet.
 """
 
 from configs.run import DataConfig, OptimizerConfig, Run
