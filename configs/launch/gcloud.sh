@@ -6,7 +6,7 @@
 set -eu
 
 : "${NAME:=qmax}" "${ZONE:=us-east5-a}"
-: "${TYPE:=v5p-64}" "${IMAGE:=v2-alpha-tpuv5}"          # 8 hosts of 4 chips; the README names other images
+: "${TYPE:=v5p-32}" "${IMAGE:=v2-alpha-tpuv5}"          # 4 hosts of 4 chips; the README names other images
 : "${REPOSITORY:=https://github.com/OWNER/qmax}"        # where the hosts clone from
 : "${SHARE:=10.0.0.2:/runs}"                            # an NFS share (Filestore) for all hosts, with the corpus
 : "${TRAIN:=configs/qwen3_30b_a3b.py --data.sources /runs/corpus --data.tokenizer /runs/tokenizer}"
