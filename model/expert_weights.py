@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from model.linear import Matmul, on_own_weight
-from sharding.mesh import platform
 
 Activation = Literal["swiglu", "clamped"]
 
@@ -51,11 +50,6 @@ def hidden_of(rows: Array, params: Experts, matmul: Matmul = "plain") -> tuple[A
     return gate, plus(on_own_weight(rows, params.up_EDF, matmul), params.up_bias_EF)
 
 
-def made(x: Any) -> Any:
-    """`x`, kept in memory on a TPU: there the compiler would make it anew for each product that reads it."""
-    return jax.lax.optimization_barrier(x) if platform() == "tpu" else x
-
-
 def down(hidden: Array, params: Experts, matmul: Matmul = "plain") -> Array:
     """The last product, `[..., rows, D]`, of hidden rows `[..., rows, F]`; without the bias."""
     return on_own_weight(hidden, jnp.swapaxes(params.down_EDF, -1, -2), matmul)
@@ -68,11 +62,10 @@ def on_own_rows(
 
     The share comes before the last product: so its gradient does not need what that gives.
     """
+    hidden = activate(*hidden_of(rows, params, matmul), activation)
     if share is None:
-        hidden = activate(*hidden_of(rows, params, matmul), activation)
         return plus(down(hidden, params, matmul), params.down_bias_ED)
-    gate, up = made(hidden_of(rows, params, matmul))
-    out = down(made(activate(gate, up, activation) * share[..., None]), params, matmul)
+    out = down(hidden * share[..., None], params, matmul)
     return out if params.down_bias_ED is None else out + params.down_bias_ED[..., None, :] * share[..., None]
 
 

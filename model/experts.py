@@ -18,11 +18,9 @@ from jaxtyping import Array, Float, Int
 from model.expert_weights import Activation, Experts, activate, down, expert_at, hidden_of, on_own_rows, plus
 from model.linear import Matmul
 from model.ragged_experts import packed, ragged
+from sharding.expert_parallel import buffer_rows
 from sharding.mesh import platform
 from sharding.rules import constrain
-
-BUFFER_FACTOR = 1.25
-"""Rows in an expert's buffer, as a multiple of an even load; what does not fit goes through blocks."""
 
 OVERFLOW_BLOCK = 128
 """Rows of one expert computed at a time when its buffer overflows."""
@@ -50,10 +48,10 @@ def run_experts(
     pairs = ids_MC.size // shards
     mesh = jax.sharding.get_abstract_mesh()
     if platform() != "cpu" and (mesh.size <= 1 or mesh.manual_axes):
-        capacity = ids_MC.size if shards == 1 else rounded(pairs * BUFFER_FACTOR, 512)
+        capacity = ids_MC.size if shards == 1 else buffer_rows(pairs, 512)
         return ragged(x_MD, ids_MC, weights_MC, params, min(capacity, ids_MC.size), activation, matmul)
     if training:
-        capacity = min(tokens, rounded(pairs / experts * BUFFER_FACTOR, 8))
+        capacity = min(tokens, buffer_rows(pairs / experts, 8))
         return grouped(x_MD, ids_MC, weights_MC, params, capacity, OVERFLOW_BLOCK, activation, matmul)
     if tokens == 1:
         return per_pair(x_MD, ids_MC, weights_MC, params, activation)
@@ -75,11 +73,6 @@ def on_received_rows(
     rows, share = (a.swapaxes(0, 1).reshape(experts, shards * size, *a.shape[3:]) for a in (rows_XESD, share_XES))
     out = on_own_rows(rows, params, activation, share, matmul)
     return out.reshape(experts, shards, size, width).swapaxes(0, 1)
-
-
-def rounded(size: float, multiple: int) -> int:
-    """The next multiple."""
-    return -(-int(size) // multiple) * multiple
 
 
 def decode_block(pairs: int, experts: int) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import prod
 from typing import Any
 
 import jax
@@ -18,17 +17,14 @@ from jax import shard_map
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from sharding.mesh import BATCH_AXES, TOKEN_AXES, platform
-from sharding.rules import TRAIN, spec, without
+from sharding.mesh import TOKEN_AXES, platform
+from sharding.rules import TOKENS, TRAIN, is_even, spec, without
 
 GATHERED = "gathered"
 """Name of gathered weights, for `keep_all_but_gathered`."""
 
 LANES = 128
 """Width of a TPU's registers."""
-
-TOKENS = P(BATCH_AXES, "context")
-"""How a `[B, T, ...]` array is cut."""
 
 
 def divides(tokens: Sequence[int], dtype: jnp.dtype) -> bool:
@@ -38,8 +34,7 @@ def divides(tokens: Sequence[int], dtype: jnp.dtype) -> bool:
         return False
     if platform() == "cpu" and dtype == jnp.bfloat16:
         return False  # XLA's compiler for CPUs dies of sums over devices in bfloat16
-    rows = prod(mesh.shape[axis] for axis in BATCH_AXES)
-    return tokens[0] % rows == 0 and tokens[1] % mesh.shape["context"] == 0
+    return is_even(tokens, TOKENS, mesh)
 
 
 def on_own_tokens(

@@ -23,8 +23,7 @@ from sharding.mesh import BATCH_AXES, Exchange
 from sharding.rules import Table, spec, without
 
 BUFFER_FACTOR = 1.25
-"""Pairs that one source sends to one expert at a time, as a multiple of an even load; what is left goes in a further
-round."""
+"""Rows of a buffer as a multiple of an even load; what does not fit goes in a further round, or through blocks."""
 
 OVERFLOW = "overflow_rounds"
 """Name, in a compiled program, of the loops that run only where a buffer was too small."""
@@ -39,6 +38,11 @@ the last expert means nothing, and about one in `shards` is not."""
 Apply = Callable[[jax.Array, jax.Array, jax.Array, Params], jax.Array]
 """`(rows_XESD, share_XES, counts_XE, params) -> out_XESD`: each expert on the rows that came for it from each of X
 shards, times their shares; of S rows the first `counts` mean something, and the others have a share of zero."""
+
+
+def buffer_rows(pairs: float, multiple: int) -> int:
+    """Rows of a buffer for so many pairs at an even load."""
+    return -(-int(pairs * BUFFER_FACTOR) // multiple) * multiple
 
 
 def chosen(kind: Exchange, shards: int, choices: int) -> Exchange:
@@ -94,8 +98,8 @@ def spread_experts(
         if kind != "all_to_all":
             y_mD = _ring(x_mD, ids_mC, weights_mC, params, compute)
         else:
-            capacity = -(-int(ids_mC.size / experts * BUFFER_FACTOR) // 8) * 8
-            y_mD = _all_to_all(x_mD, ids_mC, weights_mC, params, apply, min(capacity, len(x_mD)))
+            capacity = min(buffer_rows(ids_mC.size / experts, 8), len(x_mD))
+            y_mD = _all_to_all(x_mD, ids_mC, weights_mC, params, apply, capacity)
         return jax.lax.psum(y_mD, "tensor")
 
     return shard_map(local, in_specs=(rows, rows, rows, specs), out_specs=rows, axis_names=left, check_vma=False)(
@@ -166,20 +170,16 @@ def _slots(plan: Plan, ids_mC: jax.Array, turn: jax.Array | int, experts: int, c
     return jnp.where(here, ids_mC * capacity + rank_mC, experts * capacity)
 
 
-def _to_experts(rows: jax.Array, shards: int) -> jax.Array:
+def _to_experts(rows: jax.Array) -> jax.Array:
     """What stands here for all experts `[E, ...]` to what all shards have for ours, `[X, e, ...]`."""
-    return jax.lax.all_to_all(rows.reshape(shards, -1, *rows.shape[1:]), "expert", 0, 0)
+    split = rows.reshape(jax.lax.axis_size("expert"), -1, *rows.shape[1:])
+    return jax.lax.all_to_all(split, "expert", 0, 0)
 
 
 def _to_tokens(rows: jax.Array) -> jax.Array:
     """The way back of `_to_experts`."""
     come = jax.lax.all_to_all(rows, "expert", 0, 0)
     return come.reshape(-1, *rows.shape[2:])
-
-
-def _counts(plan: Plan, turn: jax.Array | int, capacity: int, shards: int) -> jax.Array:
-    """`[X, e]`: the pairs that come from each shard this time."""
-    return _to_experts(jnp.clip(plan.sizes_E - turn * capacity, 0, capacity), shards)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -189,6 +189,16 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
 def _take_any(x: jax.Array, index: jax.Array) -> jax.Array:
     """As `_take`, where it does not matter what empty places get: their share is zero."""
     return jnp.take(x, index, axis=0, mode="clip")
+
+
+def _arrive(
+    plan: Plan, turn: jax.Array | int, capacity: int, weights_mC: jax.Array, *arrays_mD: jax.Array
+) -> tuple[jax.Array, ...]:
+    """What comes to our experts this time: shares, how many pairs from each shard, and rows of each of the arrays."""
+    pairs_ES = _sent(plan, turn, capacity)
+    share = _to_experts(_take(weights_mC.reshape(-1), pairs_ES))
+    counts = _to_experts(jnp.clip(plan.sizes_E - turn * capacity, 0, capacity))
+    return share, counts, *(_to_experts(_take_any(a, pairs_ES // weights_mC.shape[1])) for a in arrays_mD)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -202,19 +212,11 @@ def _all_to_all(
 def _forward(
     x_mD: jax.Array, ids_mC: jax.Array, weights_mC: jax.Array, params: Params, apply: Apply, capacity: int
 ) -> tuple[jax.Array, Any]:
-    choices, shards = ids_mC.shape[1], jax.lax.axis_size("expert")
-    experts = len(next(iter(params.values()))) * shards
+    experts = len(next(iter(params.values()))) * jax.lax.axis_size("expert")
     plan = _plan(ids_mC, experts, capacity)
-    weights_R = weights_mC.reshape(-1)
 
     def body(turn: jax.Array | int) -> jax.Array:
-        pairs_ES = _sent(plan, turn, capacity)
-        rows, share = _take_any(x_mD, pairs_ES // choices), _take(weights_R, pairs_ES)
-        rows, share, counts = (
-            _to_experts(rows, shards),
-            _to_experts(share, shards),
-            _counts(plan, turn, capacity, shards),
-        )
+        share, counts, rows = _arrive(plan, turn, capacity, weights_mC, x_mD)
         back = _to_tokens(apply(rows, share, counts, params))
         slots_mC = _slots(plan, ids_mC, turn, experts, capacity)
         return _take(back.reshape(-1, back.shape[-1]), slots_mC).sum(1)
@@ -225,14 +227,10 @@ def _forward(
 def _backward(apply: Apply, capacity: int, saved: Any, dy_mD: jax.Array) -> tuple[Any, ...]:
     """Each round travels again, and its expert is computed again, so that nothing of it was kept."""
     x_mD, ids_mC, weights_mC, params, plan = saved
-    choices, shards = ids_mC.shape[1], jax.lax.axis_size("expert")
-    experts = len(next(iter(params.values()))) * shards
-    weights_R = weights_mC.reshape(-1)
+    experts = len(next(iter(params.values()))) * jax.lax.axis_size("expert")
 
     def body(turn: jax.Array | int) -> Any:
-        pairs_ES = _sent(plan, turn, capacity)
-        rows, dy = (_to_experts(_take_any(a, pairs_ES // choices), shards) for a in (x_mD, dy_mD))
-        share, counts = _to_experts(_take(weights_R, pairs_ES), shards), _counts(plan, turn, capacity, shards)
+        share, counts, rows, dy = _arrive(plan, turn, capacity, weights_mC, x_mD, dy_mD)
         _, pull = jax.vjp(lambda *given: apply(given[0], given[1], counts, given[2]), rows, share, params)
         d_rows, d_share, d_own = pull(dy)
         slots_mC = _slots(plan, ids_mC, turn, experts, capacity)

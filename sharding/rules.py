@@ -50,6 +50,10 @@ ACTIVATIONS: Table = {
 """Activations, in both. `slot` is a row of an expert's buffer."""
 
 
+TOKENS = P(BATCH_AXES, "context")
+"""How a `[B, T, ...]` array of a batch is cut."""
+
+
 def spec(axes: Sequence[str | None], table: Table) -> P:
     """The partition of an array whose dimensions carry the logical names `axes` (None: not cut).
 
@@ -57,10 +61,22 @@ def spec(axes: Sequence[str | None], table: Table) -> P:
         ValueError: a name is not in the table, or two dimensions fall on one mesh axis.
     """
     entries = [None if axis is None else table[axis] for axis in axes]
-    used = [name for entry in entries if entry for name in ((entry,) if isinstance(entry, str) else entry)]
+    used = [name for entry in entries for name in names_of(entry)]
     if len(used) != len(set(used)):
         raise ValueError(f"two dimensions of {tuple(axes)} fall on one mesh axis: {entries}")
     return P(*entries)
+
+
+def names_of(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that one dimension of a partition is cut over."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def is_even(shape: Sequence[int], partition: P, mesh: Any) -> bool:
+    """Whether every dimension of an array divides over the axes of `mesh` that it is cut over."""
+    return not any(
+        size % prod(mesh.shape[name] for name in names_of(entry)) for size, entry in zip(shape, partition, strict=False)
+    )
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -77,7 +93,7 @@ def without(partition: P, axes: Iterable[str]) -> P:
     gone = set(axes)
 
     def kept(entry: Any) -> Any:
-        names = [name for name in ((entry,) if isinstance(entry, str) else entry or ()) if name not in gone]
+        names = [name for name in names_of(entry) if name not in gone]
         return tuple(names) if len(names) > 1 else names[0] if names else None
 
     return P(*(kept(entry) for entry in partition))
@@ -102,10 +118,8 @@ def on_own_parts(
     if mesh.empty or not left:
         return function(*args)
     specs = [without(spec(own, ACTIVATIONS), mesh.manual_axes) for own in axes]
-    for arg, partition in zip(args, specs, strict=True):
-        for size, entry in zip(() if arg is None else arg.shape, partition, strict=False):
-            if size % prod(mesh.shape[name] for name in ((entry,) if isinstance(entry, str) else entry or ())):
-                return None
+    if not all(arg is None or is_even(arg.shape, cut, mesh) for arg, cut in zip(args, specs, strict=True)):
+        return None
     result = without(spec(out, ACTIVATIONS), mesh.manual_axes)
     return jax.shard_map(function, in_specs=tuple(specs), out_specs=result, axis_names=left, check_vma=False)(*args)
 
@@ -122,11 +136,7 @@ def moment_sharding(
 ) -> NamedSharding:
     """How the moments of a weight lie on `mesh`: by OPTIMIZER where its dimensions divide, else as the weight does."""
     wanted = array_sharding(axes, len(shape), mesh, OPTIMIZER)
-    for size, entry in zip(shape, wanted.spec, strict=True):
-        names = (entry,) if isinstance(entry, str) else entry or ()
-        if size % prod(mesh.shape[name] for name in names):
-            return array_sharding(axes, len(shape), mesh, TRAIN)
-    return wanted
+    return wanted if is_even(shape, wanted.spec, mesh) else array_sharding(axes, len(shape), mesh, TRAIN)
 
 
 def constrain_weights(
@@ -147,7 +157,7 @@ def constrain_weights(
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """How a `[B, T]` array of a batch is laid out."""
-    return NamedSharding(mesh, P(BATCH_AXES, "context"))
+    return NamedSharding(mesh, TOKENS)
 
 
 def batch_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import shard_map
 from jax.sharding import PartitionSpec as P
 
-from sharding.data_parallel import TOKENS, divides
+from sharding.data_parallel import divides
 from sharding.mesh import TOKEN_AXES
-from sharding.rules import TRAIN, spec
+from sharding.rules import TOKENS, TRAIN, spec
 
 EMBEDDING = spec(("vocab", "embed"), TRAIN)
 PARTS = ("expert", "tensor")
