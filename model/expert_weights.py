@@ -20,11 +20,12 @@ class Experts(NamedTuple):
     """Weights of one layer's experts, and biases where it has them.
 
     `down` lies as the others do, outputs before inputs: so the width that is cut over devices is never the last
-    dimension, along which a TPU cannot gather without moving everything about.
+    dimension, along which a TPU cannot gather without moving everything about. Without `up` its columns stand behind
+    those of `gate`.
     """
 
     gate_EDF: Float[Array, "E D F"]
-    up_EDF: Float[Array, "E D F"]
+    up_EDF: Float[Array, "E D F"] | None
     down_EDF: Float[Array, "E D F"]
     gate_bias_EF: Float[Array, "E F"] | None = None
     up_bias_EF: Float[Array, "E F"] | None = None
@@ -46,6 +47,7 @@ def plus(x: Array, bias: Array | None) -> Array:
 
 def hidden_of(rows: Array, params: Experts, matmul: Matmul = "plain") -> tuple[Array, Array]:
     """Gate and up of rows `[..., rows, D]` that belong to the experts of `params`, one each along the first axis."""
+    assert params.up_EDF is not None
     gate = plus(on_own_weight(rows, params.gate_EDF, matmul), params.gate_bias_EF)
     return gate, plus(on_own_weight(rows, params.up_EDF, matmul), params.up_bias_EF)
 

@@ -234,6 +234,7 @@ def expert_gradients(
     """
     if matmul != "plain":
         return jax.vjp(lambda r, s, p: on_own_rows(r, p, activation, s, matmul), rows, share, params)[1](dy)
+    assert params.up_EDF is not None
     hidden, pull = jax.vjp(partial(activate, kind=activation), gate, up)
     through = dy @ params.down_EDF
     d_share = jnp.sum(through * hidden, axis=-1)

@@ -77,7 +77,8 @@ def linear(x: Float[Array, "*B D"], weight: Float[Array, "D *N"], matmul: Matmul
     """
     weight = weight.astype(x.dtype)
     if matmul == "plain":
-        return jnp.tensordot(x, weight, 1)
+        # As a matrix, see `sharding.data_parallel`.
+        return jnp.tensordot(x, weight.reshape(len(weight), -1), 1).reshape(*x.shape[:-1], *weight.shape[1:])
     return _quantized(x, weight, (((x.ndim - 1,), (0,)), ((), ())), matmul)
 
 
@@ -116,6 +117,11 @@ def by_groups(
     return ragged_dot_qt(rows_SX, weight, sizes_E, ragged_config(matmul), jax.lax.Precision.DEFAULT)
 
 
+def sums_by_group(x_SX: Array, y_SY: Array, sizes_G: Int[Array, " G"]) -> Float[Array, "G X Y"]:
+    """`sum_s x[s] outer y[s]` over the rows of each group, which stand one group after the other."""
+    return _product(x_SX, y_SY, sizes_G, (0, 0), False)
+
+
 def _product(x_SX: Array, y: Array, sizes_E: Array, contracted: tuple[int, int], grouped: bool) -> Array:
     """A ragged product: of rows with each group's own matrix (`grouped`), or of two sets of rows to one matrix each."""
     numbers = jax.lax.RaggedDotDimensionNumbers(
@@ -145,12 +151,12 @@ def out_of(hidden_SF: Array, weight_EDF: Array, sizes_E: Array) -> Float[Array, 
 
 def _into_backward(saved: tuple[Array, ...], d_out_SF: Array) -> tuple[Array, Array, None]:
     rows_SD, weight_EDF, sizes_E = saved
-    return out_of(d_out_SF, weight_EDF, sizes_E), _product(rows_SD, d_out_SF, sizes_E, (0, 0), False), None
+    return out_of(d_out_SF, weight_EDF, sizes_E), sums_by_group(rows_SD, d_out_SF, sizes_E), None
 
 
 def _out_of_backward(saved: tuple[Array, ...], d_out_SD: Array) -> tuple[Array, Array, None]:
     hidden_SF, weight_EDF, sizes_E = saved
-    return into(d_out_SD, weight_EDF, sizes_E), _product(d_out_SD, hidden_SF, sizes_E, (0, 0), False), None
+    return into(d_out_SD, weight_EDF, sizes_E), sums_by_group(d_out_SD, hidden_SF, sizes_E), None
 
 
 into.defvjp(lambda *args: (into(*args), args), _into_backward)

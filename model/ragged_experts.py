@@ -2,7 +2,8 @@
 
 Pairs of token and expert are sorted by expert, and the rows of as many as a buffer holds are computed at a time: where
 most pairs are for experts on other devices, none of the others takes up memory. Exact for any routing; one buffer is
-enough unless these experts are far above the mean.
+enough unless these experts are far above the mean. Rows move by gathers and products alone: a TPU scatters rows one
+after the other, and a GPU adds them in any order.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from model.expert_weights import Activation, Experts, activate
-from model.linear import Matmul, by_groups
+from model.linear import Matmul, by_groups, sums_by_group
 from sharding.expert_parallel import add_rounds
+
+TOKENS_AT_A_TIME = 128
+"""Tokens to which one product adds rows: the width of a TPU's registers."""
 
 
 class Order(NamedTuple):
@@ -77,8 +81,12 @@ def weighted(
     def plus(out_SX: Array, bias_EX: Array | None, share_S1: Array | int = 1) -> Array:
         return out_SX if bias_EX is None else out_SX + bias_EX[expert_S] * share_S1
 
-    gate_SF = plus(by_groups(rows_SD, params.gate_EDF, sizes_E, matmul), params.gate_bias_EF)
-    up_SF = plus(by_groups(rows_SD, params.up_EDF, sizes_E, matmul), params.up_bias_EF)
+    gate_SF = by_groups(rows_SD, params.gate_EDF, sizes_E, matmul)
+    if params.up_EDF is None:
+        gate_SF, up_SF = jnp.split(gate_SF, 2, axis=-1)
+    else:
+        up_SF = by_groups(rows_SD, params.up_EDF, sizes_E, matmul)
+    gate_SF, up_SF = plus(gate_SF, params.gate_bias_EF), plus(up_SF, params.up_bias_EF)
     # Rows past the last group are undefined in the kernels.
     hidden_SF = jnp.where(real_S1, activate(gate_SF, up_SF, activation), 0) * share_S[:, None]
     out_SD = by_groups(hidden_SF, params.down_EDF, sizes_E, matmul, back=True)
@@ -145,11 +153,25 @@ def _window(order: Order, turn: Array | int, capacity: int, choices: int) -> Win
 
 
 def _rows(x_MD: Array, window: Window) -> Array:
-    return jnp.where(window.real_S1, jnp.take(x_MD, window.token_S, axis=0, mode="clip"), 0)
+    """The rows of these pairs; empty places get one of the others, which nothing reads."""
+    return jnp.take(x_MD, window.token_S, axis=0, mode="clip")
 
 
-def _added(like_MD: Array, rows_SD: Array, window: Window) -> Array:
-    return jnp.zeros_like(like_MD).at[window.token_S].add(jnp.where(window.real_S1, rows_SD, 0), mode="drop")
+def _added(rows_SD: Array, window: Window, order: Order, shape_MC: tuple[int, int]) -> Float[Array, "M D"]:
+    """The sum of each token's rows. What stands in empty places may be anything."""
+    tokens, choices = shape_MC
+    if len(rows_SD) == tokens * choices:  # all pairs: each has its place
+        place_R = jnp.zeros_like(order.order_R).at[order.order_R].set(jnp.arange(len(rows_SD), dtype=jnp.int32))
+        place_R = jnp.where(place_R < order.ends_E[-1], place_R, len(rows_SD))
+        return jnp.take(rows_SD, place_R.reshape(shape_MC), axis=0, mode="fill", fill_value=0).sum(1)
+    order_S = jnp.argsort(window.pair_S)
+    token_S = window.token_S[order_S]
+    rows_SD = jnp.take(rows_SD, jnp.where(token_S < tokens, order_S, 0), axis=0, mode="clip")
+    blocks = -(-tokens // TOKENS_AT_A_TIME)
+    one_hot = (token_S[:, None] % TOKENS_AT_A_TIME == jnp.arange(TOKENS_AT_A_TIME)).astype(rows_SD.dtype)
+    ends_G = jnp.searchsorted(token_S, jnp.minimum((jnp.arange(blocks) + 1) * TOKENS_AT_A_TIME, tokens))
+    sums_GID = sums_by_group(one_hot, rows_SD, jnp.diff(ends_G, prepend=0))
+    return sums_GID.reshape(-1, rows_SD.shape[1])[:tokens]
 
 
 def _turns(order: Order, capacity: int, body: Any) -> Any:
@@ -175,7 +197,7 @@ def _forward(
         window = _window(order, turn, capacity, ids_MC.shape[1])
         share_S = jnp.take(weights_R, window.pair_S, mode="fill", fill_value=0)
         out_SD = weighted(_rows(x_MD, window), share_S, params, *window[2:], activation, matmul)
-        return _added(x_MD, out_SD, window)
+        return _added(out_SD, window, order, ids_MC.shape)
 
     return _turns(order, capacity, body), (x_MD, ids_MC, weights_MC, params, order)
 
@@ -197,7 +219,7 @@ def _backward(capacity: int, activation: Activation, matmul: Matmul, saved: tupl
         d_rows_SD, d_share_S, d_own = pull(_rows(dy_MD, window))
         d_share_S = jnp.where(window.real_S1[:, 0], d_share_S, 0)
         dw_R = jnp.zeros_like(weights_R).at[window.pair_S].add(d_share_S, mode="drop")
-        return _added(x_MD, d_rows_SD, window), dw_R, d_own
+        return _added(d_rows_SD, window, order, ids_MC.shape), dw_R, d_own
 
     dx_MD, dw_R, d_params = _turns(order, capacity, body)
     return dx_MD, None, dw_R.reshape(weights_MC.shape), d_params

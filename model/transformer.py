@@ -177,6 +177,10 @@ def gathered(module: Module, dtype: jnp.dtype) -> Module:
     def whole(leaf: nnx.Variable) -> nnx.Variable:
         return leaf.replace(gather(leaf[...], leaf.get_metadata()["axes"], dtype))
 
+    module = jax.tree.map(lambda leaf: leaf, module)
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, MoE):
+            part.join()
     return jax.tree.map(whole, module, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 

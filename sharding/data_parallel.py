@@ -23,9 +23,6 @@ from sharding.rules import TOKENS, TRAIN, is_even, spec, without
 GATHERED = "gathered"
 """Name of gathered weights, for `keep_all_but_gathered`."""
 
-LANES = 128
-"""Width of a TPU's registers."""
-
 
 def divides(tokens: Sequence[int], dtype: jnp.dtype) -> bool:
     """Whether a batch of `[B, T]` tokens, whose activations are of `dtype`, can be cut over the mesh in force."""
@@ -85,23 +82,36 @@ def gather(leaf: jax.Array, axes: tuple[str | None, ...], dtype: jnp.dtype) -> j
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather(leaf: jax.Array, dimension: int) -> jax.Array:
-    """The shards along `fsdp`, one after the other in `dimension`."""
-    return jax.lax.all_gather(leaf, "fsdp", axis=dimension, tiled=True)
+    """The shards along `fsdp`, one after the other in `dimension`.
+
+    What is cut along its first or its last dimension travels as a matrix whose rows are cut. Products want a matrix
+    too: so what they get need not be moved about in memory, as several dimensions in tiles of registers would be.
+    """
+    if 0 < dimension < leaf.ndim - 1:
+        return jax.lax.all_gather(leaf, "fsdp", axis=dimension, tiled=True)
+    whole = jax.lax.all_gather(_rows(leaf, dimension), "fsdp", tiled=True)
+    return _unrows(whole, leaf.shape, dimension)
+
+
+def _rows(leaf: jax.Array, dimension: int) -> jax.Array:
+    """As a matrix with the first or the last dimension as rows."""
+    return leaf.reshape(len(leaf), -1) if dimension == 0 else leaf.reshape(-1, leaf.shape[-1]).T
+
+
+def _unrows(rows: jax.Array, shape: tuple[int, ...], dimension: int) -> jax.Array:
+    """The way back, to `shape` but for the size of that dimension."""
+    return rows.reshape(-1, *shape[1:]) if dimension == 0 else rows.T.reshape(*shape[:-1], -1)
 
 
 def _scatter(dimension: int, _: None, d_leaf: jax.Array) -> tuple[jax.Array]:
     """The sum over `fsdp` of this device's shard.
 
-    TPUs scatter along any dimension but the last, for which the compiler takes twice the traffic (an all-reduce, and
-    a slice of it): so the shards are put in a dimension of their own, in front of full lanes.
+    TPUs do not scatter along the last dimension: the compiler takes twice the traffic (an all-reduce, and a slice).
     """
-    if dimension < d_leaf.ndim - 1:
+    if 0 < dimension < d_leaf.ndim - 1:
         return (jax.lax.psum_scatter(d_leaf, "fsdp", scatter_dimension=dimension, tiled=True),)
-    shards = jax.lax.axis_size("fsdp")
-    parts = jnp.moveaxis(d_leaf.reshape(*d_leaf.shape[:-1], shards, -1), -2, 0)
-    lanes = LANES if parts[0].size % LANES == 0 else 1
-    part = jax.lax.psum_scatter(parts.reshape(shards, -1, lanes), "fsdp", scatter_dimension=0)
-    return (part.reshape(parts.shape[1:]),)
+    part = jax.lax.psum_scatter(_rows(d_leaf, dimension), "fsdp", tiled=True)
+    return (_unrows(part, d_leaf.shape, dimension),)
 
 
 _gather.defvjp(lambda leaf, dimension: (_gather(leaf, dimension), None), _scatter)

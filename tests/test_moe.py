@@ -37,12 +37,21 @@ def assert_same(one, two, tolerance: float) -> None:
 
 
 # ---- experts --------------------------------------------------------------
-SHAPES = [(24, 2, 6), (1, 2, 6), (9, 3, 4)]
+SHAPES = [(24, 2, 6), (1, 2, 6), (259, 3, 4)]
 """Tokens, choices, experts; compiled once each."""
 WIDTH, HIDDEN = 8, 12
+
+
+def joined(params: Experts) -> Experts:
+    """The same with gate and up side by side."""
+    assert params.up_EDF is not None
+    return params._replace(gate_EDF=jnp.concatenate([params.gate_EDF, params.up_EDF], -1), up_EDF=None)
+
+
 BACKENDS: dict[str, Callable] = {
     "ragged": lambda *inputs: experts.ragged(*inputs, inputs[1].size),
     "ragged in rounds": lambda *inputs: experts.ragged(*inputs, 8),
+    "ragged and joined": lambda *inputs: experts.ragged(*inputs[:3], joined(inputs[3]), 64),
     "per_pair": experts.per_pair,
     "grouped_blocks_only": lambda *inputs: experts.grouped(*inputs, 0, 4),
     "grouped_overflowing": lambda *inputs: experts.grouped(*inputs, 3, 2),
@@ -52,6 +61,7 @@ CLAMPED: dict[str, Callable] = {
     "reference": lambda *inputs: experts.reference(*inputs, activation="clamped"),
     "ragged": lambda *inputs: experts.ragged(*inputs, inputs[1].size, "clamped"),
     "ragged in rounds": lambda *inputs: experts.ragged(*inputs, 16, "clamped"),
+    "ragged and joined": lambda *inputs: experts.ragged(*inputs[:3], joined(inputs[3]), 16, "clamped"),
     "per_pair": lambda *inputs: experts.per_pair(*inputs, activation="clamped"),
     "grouped_blocks_only": lambda *inputs: experts.grouped(*inputs, 0, 4, "clamped"),
     "grouped_overflowing": lambda *inputs: experts.grouped(*inputs, 3, 2, "clamped"),

@@ -20,7 +20,7 @@ import qmax
 from sharding.mesh import AXES, MeshConfig, make_mesh, platform
 from sharding.topology import BETWEEN_SLICES, find_chip
 from tests.tiny import MOE, make_run
-from train.hlo import Collective, read_program
+from train.hlo import Collective, Kernel, read_program
 from train.plan import does_not_fit
 from train.plan_programs import largest_places
 from train.plan_search import meshes, rough_seconds
@@ -127,12 +127,16 @@ def test_the_time_of_collectives_by_hand() -> None:
 
 
 def test_the_operations_of_kernels_by_hand() -> None:
-    """Three products of 64 rows, each with two experts of 16 channels over a width of 32; and attention forward."""
+    """A product of 64 rows, each with two experts of 16 channels over a width of 32; and attention forward."""
     run = make_run(MOE)
-    kernels = {"ragged-dot-none": 3, "ragged-dot-metadata": 9, "splash_mha_fwd_residuals": 1}
     heads, width = 4, 8
-    expected = 3 * 2 * (64 * 2) * 32 * 16 + 2 * 2 * heads * width * 64 * 16 / 2
-    assert kernel_flops(kernels, run, 64, 16) == expected
+    by_hand = {
+        Kernel("ragged-dot-none", 3, ((80, 32), (9,), (80, 16), (4, 16, 32)), 0): 2 * (64 * 2) * 32 * 16,
+        Kernel("ragged-dot-metadata", 9, ((4,), (9,)), 0): 0,
+        Kernel("splash_mha_fwd_residuals", 1, (), 0): 2 * 2 * heads * width * 64 * 16 / 2,
+    }
+    for kernel, flops in by_hand.items():
+        assert kernel_flops(kernel, run, 64, 16) == flops
 
 
 def test_what_is_not_hidden_is_added() -> None:

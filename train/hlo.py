@@ -23,6 +23,9 @@ SCATTERING = "all-reduce-scatter"
 OFFLOADED = "offload"
 """In the names of gathers and scatters that the sparse cores do beside the matrix core."""
 
+UNSTATED = ("fusion", "scatter", "gather", "sort")
+"""Operations that take time whether or not the compiler states how much."""
+
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(")
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
@@ -51,18 +54,29 @@ class Collective:
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """A kernel of which the compiler knows nothing.
+
+    count: per run of the program. shapes: of its results and its operands. bytes: of all of these.
+    """
+
+    name: str
+    count: int
+    shapes: tuple[tuple[int, ...], ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Program:
     """What was read of a program.
 
-    cycles: of the matrix core, as far as the compiler estimates them. kernels: how often each runs. kernel_bytes: that
-    they read and write. unstated_bytes: that operations read and write for which the compiler states no cycles, such as
-    gathers by the sparse cores.
+    cycles: of the matrix core, as far as the compiler estimates them. unstated_bytes: that operations read and write
+    for which the compiler states no cycles, such as gathers by the sparse cores, scatters and sorting.
     """
 
     collectives: tuple[Collective, ...]
     cycles: int
-    kernels: Mapping[str, int]
-    kernel_bytes: int
+    kernels: tuple[Kernel, ...]
     unstated_bytes: int
 
 
@@ -77,13 +91,12 @@ def read_program(text: str, mesh_shape: Mapping[str, int], overflow: int = 0) ->
     computations, entry = _computations(text)
     times, fused = _times(computations, entry, overflow)
     found: dict[tuple[str, tuple[str, ...], int, bool], list[int]] = defaultdict(lambda: [0, 0, 0])
-    cycles = kernel_bytes = unstated_bytes = 0
-    kernels: Counter[str] = Counter()
+    cycles = unstated_bytes = 0
+    kernels: list[Kernel] = []
     for name, lines in computations.items():
         often = times[name]
         if not often:
             continue
-        sizes = {match[1]: _size(match[2]) for line in lines if (match := INSTRUCTION.match(line))}
         for line in lines:
             match = INSTRUCTION.match(line)
             if not match:
@@ -101,28 +114,30 @@ def read_program(text: str, mesh_shape: Mapping[str, int], overflow: int = 0) ->
                 entry_of[1] += often * _bytes(match[2], kind, devices, match[3].endswith("-start"))
                 entry_of[2] = max(entry_of[2], often)
             elif match[3] == "custom-call" and 'custom_call_target="tpu_custom_call"' in line:
-                kernels[re.sub(r"[.\d]+$", "", match[1])] += often
-                kernel_bytes += often * (sizes[match[1]] + _read(line, sizes))
+                kernels.append(_kernel(match, line, often))
             elif match[3].endswith("-done") and OFFLOADED in match[1]:
-                unstated_bytes += often * 2 * sizes[match[1]]
+                unstated_bytes += often * 2 * _size(match[2])
             estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
-            if estimate and name not in fused:
-                if int(estimate[1]) < UNKNOWN_CYCLES:
-                    cycles += often * int(estimate[1])
-                else:
-                    unstated_bytes += often * 2 * sizes[match[1]]
+            if name in fused:
+                continue
+            if estimate and int(estimate[1]) < UNKNOWN_CYCLES:
+                cycles += often * int(estimate[1])
+            elif estimate or match[3] in UNSTATED:
+                unstated_bytes += often * 2 * _size(match[2])
     collectives = (
         Collective(kind, axes, devices, count, size, later, most > 1)
         for (kind, axes, devices, later), (count, size, most) in found.items()
     )
     ordered = tuple(sorted(collectives, key=lambda one: -one.bytes))
-    return Program(ordered, cycles, dict(kernels), kernel_bytes, unstated_bytes)
+    return Program(ordered, cycles, tuple(kernels), unstated_bytes)
 
 
-def _read(line: str, sizes: Mapping[str, int]) -> int:
-    """Bytes of an instruction's operands."""
-    operands = line.partition("(")[2].partition(")")[0]
-    return sum(sizes.get(name, 0) for name in re.findall(r"%([\w.\-]+)", operands))
+def _kernel(match: re.Match[str], line: str, often: int) -> Kernel:
+    operands = line.partition("operand_layout_constraints={")[2].partition("}}")[0]
+    shapes = tuple(
+        tuple(int(size) for size in sizes.split(",") if size) for _, sizes in ARRAY.findall(match[2] + " " + operands)
+    )
+    return Kernel(re.sub(r"[.\d]+$", "", match[1]), often, shapes, _size(match[2]) + _size(operands))
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

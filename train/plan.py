@@ -131,7 +131,10 @@ def plan(run: Run, devices: Sequence[Any], chip: Chip, args: Any) -> dict[str, A
         time = step_time(read, run, spans, chip, per_step / each, length, needed / each)
         cost = costs(time, per_step, each, chip, args.tokens, args.price)
         if name == "balanced":
-            found |= {"collectives": [vars(one) for one in read.collectives], "kernels": dict(read.kernels)} | cost
+            found |= {
+                "collectives": [vars(one) for one in read.collectives],
+                "kernels": [vars(k) for k in read.kernels],
+            } | cost
             found["over_all_devices"] = [vars(one) for one in read.collectives if one.devices == each > 1]
         else:
             found["worst_routing"] = {"rounds": most + 1} | {k: cost[k] for k in ("modelled", "tokens_per_second")}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import numpy as np
 from configs.run import Run
 from sharding.mesh import AXES
 from sharding.topology import BETWEEN_SLICES, Chip
-from train.hlo import Collective
+from train.hlo import Collective, Kernel
 from train.hlo import Program as Read
 
 KERNEL_SHARE = 0.7
@@ -92,25 +93,23 @@ def seconds_of(one: Collective, spans: Spans, chip: Chip) -> float:
     return 2 * around if one.kind == "all-reduce" else around
 
 
-def kernel_flops(kernels: Mapping[str, int], run: Run, tokens: float, length: int) -> float:
-    """Operations per device of the kernels that ran: experts' products, of as many rows as tokens have choices, and
+def kernel_flops(kernel: Kernel, run: Run, tokens: float, length: int) -> float:
+    """Operations per device of one run of a kernel: grouped products, of as many rows as tokens have choices, and
     attention, of the half of all pairs that a causal mask leaves.
 
     Args:
         tokens: per device. length: of a sequence.
     """
-    model, moe = run.model, run.model.moe
-    total = 0.0
-    for name, often in kernels.items():
-        if name.startswith("ragged-dot") and "metadata" not in name:
-            rows = tokens * moe.experts_per_token
-            total += often * 2 * rows * model.hidden_size * moe.intermediate_size / run.mesh.tensor
-        elif name.startswith("splash"):
-            # Two products forward; five in one kernel backward, or three and four in two.
-            products = 2 if "fwd" in name else 3 if "_dq" in name and "dkv" not in name else 5
-            heads = model.num_heads / run.mesh.tensor
-            total += often * products * 2 * heads * model.head_dim * tokens * length / 2
-    return total
+    model = run.model
+    if kernel.name.startswith("ragged-dot") and "metadata" not in kernel.name:
+        # Among its arrays one has a matrix for each group: the weights, or their gradient.
+        matrix = next((shape[1:] for shape in kernel.shapes if len(shape) == 3), (0, 0))
+        return 2 * tokens * model.moe.experts_per_token * prod(matrix)
+    if kernel.name.startswith("splash"):
+        # Two products forward; five in one kernel backward, or three and four in two.
+        products = 2 if "fwd" in kernel.name else 3 if "_dq" in kernel.name and "dkv" not in kernel.name else 5
+        return products * 2 * model.num_heads / run.mesh.tensor * model.head_dim * tokens * length / 2
+    return 0
 
 
 def step_time(read: Read, run: Run, spans: Spans, chip: Chip, tokens: float, length: int, needed: float) -> Time:
@@ -119,8 +118,10 @@ def step_time(read: Read, run: Run, spans: Spans, chip: Chip, tokens: float, len
     Args:
         tokens: per device. length: of a sequence. needed: operations per device that the step is for.
     """
-    flops = kernel_flops(read.kernels, run, tokens, length)
-    kernels = max(flops / (KERNEL_SHARE * chip.flops), read.kernel_bytes / chip.memory)
+    kernels = sum(
+        one.count * max(kernel_flops(one, run, tokens, length) / (KERNEL_SHARE * chip.flops), one.bytes / chip.memory)
+        for one in read.kernels
+    )
     each = [(seconds_of(one, spans, chip), one.asynchronous) for one in read.collectives]
     return Time(
         matrix=read.cycles / chip.clock,
