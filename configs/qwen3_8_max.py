@@ -16,7 +16,7 @@ def run() -> Run:
         model=named("Qwen3.8-2.4T-A95B"),
         data=DataConfig(sources=("data/*.jsonl.zst",), tokenizer="tokenizer", sequence_length=4096, batch_size=512),
         optimizer=OptimizerConfig(learning_rate=0.0001, warmup_steps=2000, moment_dtype="bfloat16"),
-        mesh=MeshConfig(fsdp=32, expert=16, exchange="all_to_all"),
+        mesh=MeshConfig(fsdp=32, expert=16),
         remat="block",
         layers="stacked",
         steps=100_000,

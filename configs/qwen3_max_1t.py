@@ -2,7 +2,7 @@
 
     ./run.sh plan configs/qwen3_max_1t.py --topology v5p:8x16x16
     ./run.sh plan configs/qwen3_max_1t.py --topology v6e:16x16 --slices 4 --mesh.data 4 --mesh.fsdp 16 \\
-        --data.batch-size 1024 --data.sequence-length 2048 --optimizer.moment-dtype bfloat16
+        --data.batch-size 1024 --data.sequence-length 2048
     ./run.sh plan configs/qwen3_max_1t.py --topology tpu7x:4x8x8 --mesh.fsdp 32 --data.batch-size 512
 
 By libtpu 0.0.52 for v5p: 23.0 GiB per device at the peak (weights 2.2, optimizer 4.5, within a step 16.3), whatever the
@@ -30,8 +30,8 @@ def run() -> Run:
             max_positions=262_144,
         ),
         data=DataConfig(sources=("data/*.jsonl.zst",), tokenizer="tokenizer", sequence_length=4096, batch_size=2048),
-        optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=2000),
-        mesh=MeshConfig(fsdp=128, expert=16, exchange="all_to_all"),
+        optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=2000, moment_dtype="bfloat16"),
+        mesh=MeshConfig(fsdp=128, expert=16),
         remat="block",
         layers="stacked",
         steps=100_000,

@@ -48,14 +48,18 @@ def run_experts(
     pairs = ids_MC.size // shards
     mesh = jax.sharding.get_abstract_mesh()
     if platform() != "cpu" and (mesh.size <= 1 or mesh.manual_axes):
-        capacity = ids_MC.size if shards == 1 else buffer_rows(pairs, 512)
-        return ragged(x_MD, ids_MC, weights_MC, params, min(capacity, ids_MC.size), activation, matmul)
+        return ragged(x_MD, ids_MC, weights_MC, params, ring_rows(ids_MC.size, shards), activation, matmul)
     if training:
         capacity = min(tokens, buffer_rows(pairs / experts, 8))
         return grouped(x_MD, ids_MC, weights_MC, params, capacity, OVERFLOW_BLOCK, activation, matmul)
     if tokens == 1:
         return per_pair(x_MD, ids_MC, weights_MC, params, activation)
     return grouped(x_MD, ids_MC, weights_MC, params, 0, decode_block(pairs, experts), activation)
+
+
+def ring_rows(pairs: int, shards: int) -> int:
+    """Rows that are computed first of so many pairs, of which about one in `shards` is for these experts."""
+    return pairs if shards == 1 else min(buffer_rows(pairs / shards, 512), pairs)
 
 
 def on_received_rows(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
@@ -98,7 +100,7 @@ class MoE(nnx.Module):
         self.router_DE = weight(keys, (D, E), ("router", None), D)
         self.router_bias_E = nnx.Param(jnp.zeros(E, jnp.float32), axes=(None,)) if moe.bias else None
         self.gate_EDF = weight(keys, (E, D, F), ("expert", "embed", "mlp"), D)
-        self.up_EDF = weight(keys, (E, D, F), ("expert", "embed", "mlp"), D)
+        self.up_EDF: Any = weight(keys, (E, D, F), ("expert", "embed", "mlp"), D)
         self.down_EDF = weight(keys, (E, D, F), ("expert", "embed", "mlp"), F, residual_layers=layers)
         for name, size, axis in (("gate_bias_EF", F, "mlp"), ("up_bias_EF", F, "mlp"), ("down_bias_ED", D, "embed")):
             bias = nnx.Param(jnp.zeros((E, size), jnp.float32), axes=("expert", axis)) if moe.bias else None

@@ -157,7 +157,7 @@ def _rows(x_MD: Array, window: Window) -> Array:
     return jnp.take(x_MD, window.token_S, axis=0, mode="clip")
 
 
-def _added(rows_SD: Array, window: Window, order: Order, shape_MC: tuple[int, int]) -> Float[Array, "M D"]:
+def _added(rows_SD: Array, window: Window, order: Order, shape_MC: tuple[int, ...]) -> Float[Array, "M D"]:
     """The sum of each token's rows. What stands in empty places may be anything."""
     tokens, choices = shape_MC
     if len(rows_SD) == tokens * choices:  # all pairs: each has its place
@@ -175,7 +175,7 @@ def _added(rows_SD: Array, window: Window, order: Order, shape_MC: tuple[int, in
 
 
 def _turns(order: Order, capacity: int, body: Any) -> Any:
-    """`body` once where one buffer holds all pairs; else as often as these experts have pairs for."""
+    """The sum of `body` over one buffer where it holds all pairs; else over as many as these experts have pairs for."""
     if capacity >= len(order.order_R):
         return body(0)
     return add_rounds(body, -(-order.ends_E[-1] // capacity))

@@ -152,17 +152,18 @@ def work(run: Run, args: Any) -> tuple[int, float]:
 
 
 def worst_rounds(run: Run, tokens: int) -> int:
-    """Rounds beyond the first if every token chooses the same experts. Memory is the same: buffers have one size."""
-    from sharding.expert_parallel import BUFFER_FACTOR, chosen
+    """Rounds beyond the first if every token chooses the same experts. Memory is the same: buffers are always there."""
+    from model.experts import ring_rows
+    from sharding.expert_parallel import buffer_rows, chosen
 
     moe, mesh = run.model.moe, run.mesh
     if not moe.num_experts or mesh.expert == 1:
         return 0
     own = tokens // (mesh.batch_shards * mesh.context)
+    pairs = own * moe.experts_per_token
     if chosen(mesh.exchange, mesh.expert, moe.experts_per_token) == "all_to_all":
-        capacity = own * moe.experts_per_token / moe.num_experts * BUFFER_FACTOR
-        return max(int(own / max(capacity, 1)) - 1, 0)
-    return max(int(mesh.expert / BUFFER_FACTOR) - 1, 0)
+        return -(-own // buffer_rows(pairs / moe.num_experts, 8)) - 1
+    return -(-pairs * mesh.expert // ring_rows(pairs * mesh.expert, mesh.expert)) - 1
 
 
 def compiler() -> str:
