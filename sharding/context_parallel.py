@@ -68,17 +68,17 @@ def _moves(parity: int) -> list[tuple[int, int]]:
     return [(i, _holder(2 * i + parity, shards)) for i in range(shards)]
 
 
-def _to_halves(tree: Any, axis: Callable[[jax.Array], int]) -> Halves:
-    """This device's part, in order of the sequence, to the halves that it is to have."""
+def _to_halves(*parts: tuple[jax.Array, int]) -> Halves:
+    """This device's part of arrays, each cut along the dimension that is given, to the halves that it is to have."""
     even = jax.lax.axis_index(AXIS) % 2 == 0
 
-    def one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        first, second = jnp.split(x, 2, axis(x))
+    def one(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+        first, second = jnp.split(x, 2, axis)
         a, b = jax.lax.ppermute(first, AXIS, _moves(0)), jax.lax.ppermute(second, AXIS, _moves(1))
         return jnp.where(even, a, b), jnp.where(even, b, a)
 
-    pairs = jax.tree.map(one, tree)
-    return tuple(jax.tree.map(lambda _, pair, i=i: pair[i], tree, pairs) for i in (0, 1))  # pyright: ignore[reportReturnType]
+    low, high = zip(*(one(x, axis) for x, axis in parts), strict=True)
+    return low, high
 
 
 def _from_halves(low: jax.Array, high: jax.Array, axis: int) -> jax.Array:
@@ -121,31 +121,32 @@ def _starts(shard: jax.Array, half: int) -> tuple[jax.Array, jax.Array]:
     return shard * half, (2 * context_shards() - 1 - shard) * half
 
 
+def _keys(turn: jax.Array | int, around: Halves) -> tuple[list[Any], jax.Array]:
+    """Keys, values, segments and places of the halves that are here at this turn; and whether they come before ours."""
+    shards, own = context_shards(), jax.lax.axis_index(AXIS)
+    owner = (own - turn) % shards
+    starts = _starts(owner, around[0][2].shape[1])
+    return [(*piece, start) for piece, start in zip(around, starts, strict=True)], owner < own
+
+
 def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, attend: Attend, pull: Pull
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    low, high = _to_halves((q, k, v, segments), lambda x: x.ndim - 1 if x is segments else x.ndim - 2)
-    shards, own, half = context_shards(), jax.lax.axis_index(AXIS), segments.shape[1] // 2
-    queries = [
-        (own_q, own_s, start) for (own_q, _, _, own_s), start in zip((low, high), _starts(own, half), strict=True)
-    ]
+    low, high = _to_halves(*((x, x.ndim - 2) for x in (q, k, v)), (segments, 1))
+    starts = _starts(jax.lax.axis_index(AXIS), segments.shape[1] // 2)
+    queries = [(own_q, own_s, start) for (own_q, _, _, own_s), start in zip((low, high), starts, strict=True)]
 
     def meet(query: Any, key: Any) -> tuple[jax.Array, jax.Array]:
         (q, q_segments, q_start), (k, v, k_segments, k_start) = query, key
         return attend(q, k, v, q_segments, k_segments, q_start, k_start)
 
-    def keys_of(turn: jax.Array | int, around: Halves) -> list[Any]:
-        starts = _starts((own - turn) % shards, half)
-        return [(*piece, start) for piece, start in zip(around, starts, strict=True)]
-
     around: Halves = (low[1:], high[1:])
-    first = keys_of(0, around)
+    first, _ = _keys(0, around)
     results = meet(queries[0], first[0]), _merge(meet(queries[1], first[0]), meet(queries[1], first[1]))
 
     def body(carry: Any, turn: jax.Array) -> tuple[Any, None]:
         around, results = _rotate(carry[0]), carry[1]
-        keys = keys_of(turn, around)
-        before = (own - turn) % shards < own
+        keys, before = _keys(turn, around)
         more = meet(_pick(before, queries[0], queries[1]), _pick(before, keys[0], keys[1]))
         high = _merge(results[1], meet(queries[1], keys[0]))
         return (
@@ -153,7 +154,7 @@ def _forward(
             (_pick(before, _merge(results[0], more), results[0]), _pick(before, high, _merge(high, more))),
         ), None
 
-    (_, results), _ = jax.lax.scan(body, (around, results), jnp.arange(1, shards))
+    (_, results), _ = jax.lax.scan(body, (around, results), jnp.arange(1, context_shards()))
     out = _from_halves(results[0][0], results[1][0], q.ndim - 2)
     lse = _from_halves(results[0][1], results[1][1], q.ndim - 2)
     return (out, lse), (low, high, results)
@@ -163,27 +164,21 @@ def _backward(attend: Attend, pull: Pull, saved: Any, cotangents: tuple[jax.Arra
     """Keys go around once more, and their gradients with them."""
     low, high, results = saved
     d_out, d_lse = cotangents
-    shards, own, half = context_shards(), jax.lax.axis_index(AXIS), low[3].shape[1]
-    d_halves = _to_halves((d_out, d_lse), lambda x: x.ndim - 1 if x is d_lse else x.ndim - 2)
+    d_halves = _to_halves((d_out, d_out.ndim - 2), (d_lse, d_lse.ndim - 1))
+    starts = _starts(jax.lax.axis_index(AXIS), low[3].shape[1])
     queries = []
-    for piece, (out, lse), (d_out, d_lse), start in zip(
-        (low, high), results, d_halves, _starts(own, half), strict=True
-    ):
+    for piece, (out, lse), (d_out, d_lse), start in zip((low, high), results, d_halves, starts, strict=True):
         queries.append((piece[0], piece[3], start, lse, jnp.sum(out * d_out, axis=-1) - d_lse, d_out))
 
     def meet(query: Any, key: Any) -> tuple[jax.Array, ...]:
         (q, q_segments, q_start, lse, delta, d_out), (k, v, k_segments, k_start) = query, key
         return pull(q, k, v, q_segments, k_segments, q_start, k_start, lse, delta, d_out)
 
-    def keys_of(turn: jax.Array | int, around: Halves) -> list[Any]:
-        starts = _starts((own - turn) % shards, half)
-        return [(*piece, start) for piece, start in zip(around, starts, strict=True)]
-
     def add(total: Any, part: Any, where: jax.Array | bool = True) -> Any:
         return jax.tree.map(lambda a, b: a + jnp.where(where, b, 0), total, part)
 
     around: Halves = (low[1:], high[1:])
-    keys = keys_of(0, around)
+    keys, _ = _keys(0, around)
     zeros = [jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), piece[:2]) for piece in around]
     first = meet(queries[0], keys[0]), meet(queries[1], keys[0]), meet(queries[1], keys[1])
     d_q = (first[0][0], first[1][0] + first[2][0])
@@ -191,15 +186,14 @@ def _backward(attend: Attend, pull: Pull, saved: Any, cotangents: tuple[jax.Arra
 
     def body(carry: Any, turn: jax.Array) -> tuple[Any, None]:
         (around, d_keys), (d_low, d_high) = _rotate(carry[0]), carry[1]
-        keys = keys_of(turn, around)
-        before = (own - turn) % shards < own
+        keys, before = _keys(turn, around)
         one = meet(queries[1], keys[0])
         more = meet(_pick(before, queries[0], queries[1]), _pick(before, keys[0], keys[1]))
         d_q = (d_low + jnp.where(before, more[0], 0), d_high + one[0] + jnp.where(before, 0, more[0]))
         d_first = add(add(d_keys[0], one[1:]), more[1:], before)
         return ((around, (d_first, add(d_keys[1], more[1:], ~before))), d_q), None
 
-    ((around, d_keys), d_q), _ = jax.lax.scan(body, ((around, d_keys), d_q), jnp.arange(1, shards))
+    ((around, d_keys), d_q), _ = jax.lax.scan(body, ((around, d_keys), d_q), jnp.arange(1, context_shards()))
     d_keys = _rotate(d_keys)
     parts = [(d_q[0], d_q[1], low[0]), *((d_keys[0][i], d_keys[1][i], low[i + 1]) for i in (0, 1))]
     return *(_from_halves(a, b, a.ndim - 2).astype(like.dtype) for a, b, like in parts), None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,8 +45,8 @@ def make_parser() -> Parser:
         "where its bytes go, what it sends and what it may cost. Needs `pip install 'qmax[plan]'`. Any field of the\n"
         "config can be given another value. Memory and collectives are the compiler's; times are a model, marked so.",
         [
-            "qmax plan configs/qwen3_30b_a3b.py --topology v5p:2x4x4 --mesh.fsdp 8 --mesh.expert 4",
-            "qmax plan configs/qwen3_30b_a3b.py --topology v6e:8x8 --search 3",
+            "qmax plan configs/qwen3_30b_a3b.py --topology v5p:2x2x4",
+            "qmax plan configs/qwen3_30b_a3b.py --topology v6e:8x8 --data.batch-size 64 --search 3",
             "qmax plan configs/qwen3_30b_a3b.py --topology v5p:2x2x1 --mode decode --rows 64 --mesh.fsdp 1",
         ],
     )
@@ -185,7 +185,7 @@ def show(found: dict[str, Any], args: Any) -> None:
         ["step", f"{found['mode']}, {found['tokens_per_step']:,} tokens"],
         ["parameters", f"{found['parameters_total']:,}, {found['parameters_active']:,} of them active"],
         ["devices", f"{found['devices']:,} ({where})"],
-        ["mesh", ", ".join(f"{name} {size}" for name, size in found["mesh"].items() if size > 1) or "one device"],
+        ["mesh", mesh_words(found["mesh"])],
         ["bytes per device", kinds],
         ["peak", f"{human_bytes(peak) if peak else 'unknown'} of {human_bytes(limit)} per device"],
         ["fits", "yes, whatever the routing" if found["fits"] else "no"],
@@ -197,6 +197,11 @@ def show(found: dict[str, Any], args: Any) -> None:
     if "modelled" in found:
         show_time(found, args)
     show_collectives(found)
+
+
+def mesh_words(sizes: Mapping[str, int]) -> str:
+    """A mesh for people."""
+    return ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one device"
 
 
 def does_not_fit(found: dict[str, Any]) -> str:
@@ -266,7 +271,7 @@ def show_search(ranked: list[dict[str, Any]]) -> None:
     """The meshes that were compiled, the fastest first."""
     rows = [
         [
-            ", ".join(f"{name} {size}" for name, size in one["mesh"].items() if size > 1) or "one device",
+            mesh_words(one["mesh"]),
             human_bytes(one["peak_bytes_per_device"]) if one["peak_bytes_per_device"] else "unknown",
             "yes" if one["fits"] else "no",
             f"{one['mfu_low']:.0%} to {one['mfu_high']:.0%}" if "mfu_low" in one else "-",

@@ -29,7 +29,7 @@ COMPILER = {"xla_tpu_enable_ragged_dot_kernel": "true"}
 
 
 @dataclass(frozen=True)
-class Program:
+class Lowered:
     """A step, lowered. held: bytes per device of what stays between steps, by kind."""
 
     lowered: Any
@@ -37,7 +37,7 @@ class Program:
     held: dict[str, int]
 
 
-def lower(run: Run, devices: Sequence[Any], mode: Mode, rows: int = 0, context: int = 0) -> Program:
+def lower(run: Run, devices: Sequence[Any], mode: Mode, rows: int = 0, context: int = 0) -> Lowered:
     """The step of `run` that `mode` names.
 
     Args:
@@ -49,7 +49,7 @@ def lower(run: Run, devices: Sequence[Any], mode: Mode, rows: int = 0, context: 
         return train(run, mesh) if mode == "train" else generate(run, mesh, mode, rows, context)
 
 
-def train(run: Run, mesh: jax.sharding.Mesh) -> Program:
+def train(run: Run, mesh: jax.sharding.Mesh) -> Lowered:
     """The optimizer step."""
     from train.losses import next_token
     from train.optimizer import make_optimizer
@@ -65,10 +65,10 @@ def train(run: Run, mesh: jax.sharding.Mesh) -> Program:
     step = make_train_step(run, skeleton, lambda m, r, t, b: next_token(m, r, t, b, run.loss), optimizer)
     layout = jax.tree.map(lambda a: a.sharding, state)
     lowered = jax.jit(step, donate_argnums=0, out_shardings=(layout, None)).lower(state, batch)
-    return Program(lowered, mesh, {"weights": bytes_of((state.params, state.extra)), "optimizer": bytes_of(state.opt)})
+    return Lowered(lowered, mesh, {"weights": bytes_of((state.params, state.extra)), "optimizer": bytes_of(state.opt)})
 
 
-def generate(run: Run, mesh: jax.sharding.Mesh, mode: Mode, rows: int, context: int) -> Program:
+def generate(run: Run, mesh: jax.sharding.Mesh, mode: Mode, rows: int, context: int) -> Lowered:
     """One more token of `rows` rows with `context` positions cached, or the reading of prompts of that length."""
     from serve.sampling import SamplingParams, sampling_arrays
     from serve.steps import Rows, State, abstract_weights, decode, prefill
@@ -93,12 +93,12 @@ def generate(run: Run, mesh: jax.sharding.Mesh, mode: Mode, rows: int, context: 
     if mode == "prefill":
         step = partial(prefill, capacity=context, vocab_limit=config.vocab_size)
         tokens = abstract(np.zeros((rows, context), np.int32), "batch", None)
-        return Program(jax.jit(step).lower(model, tokens, none_B, constants), mesh, held)
+        return Lowered(jax.jit(step).lower(model, tokens, none_B, constants), mesh, held)
     cache = replace(cache, layers=layers, lengths_B=none_B, empty=False)
     live_B: Any = abstract(np.zeros(rows, bool), "batch")
     state = State(cache, none_B, none_B, live_B)
     step = partial(decode, vocab_limit=config.vocab_size)
-    return Program(jax.jit(step, donate_argnums=1).lower(model, state, constants), mesh, held)
+    return Lowered(jax.jit(step, donate_argnums=1).lower(model, state, constants), mesh, held)
 
 
 def bytes_of(tree: Any) -> int:
@@ -122,7 +122,7 @@ class Compiled:
     seconds: float
 
 
-def compile_program(program: Program) -> Compiled:
+def compile_program(program: Lowered) -> Compiled:
     """Compiles it; a program that does not fit is an answer too."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="qmax-plan-") as directory:

@@ -22,8 +22,7 @@ import numpy as np
 from configs.run import Run
 from sharding.mesh import AXES
 from sharding.topology import BETWEEN_SLICES, Chip
-from train.hlo import Collective, Kernel
-from train.hlo import Program as Read
+from train.hlo import Collective, Kernel, Program
 
 KERNEL_SHARE = 0.7
 """Of the peak, what kernels are assumed to reach: the compiler states nothing of them."""
@@ -112,7 +111,7 @@ def kernel_flops(kernel: Kernel, run: Run, tokens: float, length: int) -> float:
     return 0
 
 
-def step_time(read: Read, run: Run, spans: Spans, chip: Chip, tokens: float, length: int, needed: float) -> Time:
+def step_time(read: Program, run: Run, spans: Spans, chip: Chip, tokens: float, length: int, needed: float) -> Time:
     """The model of a step.
 
     Args:
