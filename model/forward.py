@@ -26,6 +26,7 @@ from model.transformer import (
     rematerialised,
 )
 from sharding.data_parallel import divides, on_own_tokens
+from sharding.expert_parallel import exact
 from sharding.rules import constrain
 from sharding.vocabulary import look_up
 
@@ -144,7 +145,7 @@ def make_context(model: Transformer, batch: Batch, cache: Cache | None) -> Conte
         valid_BT,
         documents_BT,
         training=cache is None,
-        exchange=model.exchange,
+        exchange=model.exchange if cache is None else exact(model.exchange),
         matmul=model.matmul if cache is None else "plain",
     )
 

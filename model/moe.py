@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from model.expert_weights import Experts
 from model.experts import on_received_rows, run_experts
 from model.layers import FeedForward, Keys, weight
 from model.linear import Matmul
-from sharding.expert_parallel import spread_experts
+from sharding.expert_parallel import left_out, spread_experts
 from sharding.mesh import Exchange, platform
 from sharding.rules import DECODE, TRAIN, constrain
 
@@ -30,11 +31,13 @@ class RouterStats:
     counts_E: tokens that chose each expert (sums to C times the tokens).
     scores_E: sum of each expert's share of a token's scores (sums to the tokens).
     z: sum of the squared log-partition of the router's logits (ST-MoE, arXiv 2202.08906, equation 5).
+    dropped: pairs of token and expert that were left out, see `sharding.expert_parallel`.
     """
 
     counts_E: Float[Array, " E"]
     scores_E: Float[Array, " E"]
     z: Float[Array, ""]
+    dropped: Float[Array, ""]
 
 
 def best_groups(choice_ME: Array, moe: MoEConfig) -> Array:
@@ -87,6 +90,7 @@ def route(
         counts_E=counts_E,
         scores_E=jnp.sum(jnp.where(valid_M[:, None], shares_ME, 0.0), axis=0),
         z=jnp.sum(jnp.where(valid_M, jnp.square(log_partition_M), 0.0)),
+        dropped=jnp.zeros((), jnp.float32),
     )
     return ids_MC, weights_MC, stats
 
@@ -142,6 +146,7 @@ class MoE(nnx.Module):
             bias_E = None if self.bias_E is None else self.bias_E[...]
             replay_MC = None if replay_BTC is None else replay_BTC.reshape(-1, replay_BTC.shape[-1])
             ids_MC, weights_MC, stats = route(logits_ME, valid_BT.reshape(-1), self.config, bias_E, replay_MC)
+        stats = replace(stats, dropped=left_out(exchange, stats.counts_E, ids_MC.shape))
         leaves = {name: leaf for name in Experts._fields if (leaf := getattr(self, name)) is not None}
         unset = dict.fromkeys(Experts._fields)
         kind = self.config.activation

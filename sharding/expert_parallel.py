@@ -4,7 +4,9 @@
                  its experts; the sums go back to where the tokens are (reduce-scatter)
     all_to_all   every pair of token and expert travels to its expert and back, in buffers of one size per expert
 
-Both are exact for any routing.
+    dropping     as all_to_all, but what does not fit into the buffers is left out, and counted
+
+All but the last are exact for any routing.
 """
 
 from __future__ import annotations
@@ -43,6 +45,29 @@ shards, times their shares; of S rows the first `counts` mean something, and the
 def buffer_rows(pairs: float, multiple: int) -> int:
     """Rows of a buffer for so many pairs at an even load."""
     return -(-int(pairs * BUFFER_FACTOR) // multiple) * multiple
+
+
+def send_rows(pairs_mC: tuple[int, ...], experts: int) -> int:
+    """Rows of the buffers that one device sends to each of all experts."""
+    tokens, choices = pairs_mC
+    return min(buffer_rows(tokens * choices / experts, 8), tokens)
+
+
+def left_out(exchange: Exchange, counts_E: jax.Array, pairs_mC: tuple[int, ...]) -> jax.Array:
+    """Pairs of this device's tokens that its buffers have no room for, if they are left out then.
+
+    Args:
+        counts_E: tokens of this device that chose each expert.
+    """
+    mesh, experts = jax.sharding.get_abstract_mesh(), len(counts_E)
+    if exchange != "dropping" or "expert" not in mesh.manual_axes or experts % mesh.shape["expert"]:
+        return jnp.zeros((), jnp.float32)
+    return jnp.maximum(counts_E - send_rows(pairs_mC, experts), 0).sum()
+
+
+def exact(kind: Exchange) -> Exchange:
+    """The exchange of the same kind that leaves nothing out."""
+    return "all_to_all" if kind == "dropping" else kind
 
 
 def chosen(kind: Exchange, shards: int, choices: int) -> Exchange:
@@ -95,11 +120,11 @@ def spread_experts(
         # Every shard of the width has the whole of a weight that is not cut along it: one of them adds it.
         first = jax.lax.axis_index("tensor") == 0
         params = {name: leaf if "mlp" in axes[name] else jnp.where(first, leaf, 0) for name, leaf in params.items()}
-        if kind != "all_to_all":
-            y_mD = _ring(x_mD, ids_mC, weights_mC, params, compute)
+        if kind in ("all_to_all", "dropping"):
+            capacity = send_rows(ids_mC.shape, experts)
+            y_mD = _all_to_all(x_mD, ids_mC, weights_mC, params, apply, capacity, kind == "dropping")
         else:
-            capacity = min(buffer_rows(ids_mC.size / experts, 8), len(x_mD))
-            y_mD = _all_to_all(x_mD, ids_mC, weights_mC, params, apply, capacity)
+            y_mD = _ring(x_mD, ids_mC, weights_mC, params, compute)
         return jax.lax.psum(y_mD, "tensor")
 
     return shard_map(local, in_specs=(rows, rows, rows, specs), out_specs=rows, axis_names=left, check_vma=False)(
@@ -201,16 +226,16 @@ def _arrive(
     return share, counts, *(_to_experts(_take_any(a, pairs_ES // weights_mC.shape[1])) for a in arrays_mD)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _all_to_all(
-    x_mD: jax.Array, ids_mC: jax.Array, weights_mC: jax.Array, params: Params, apply: Apply, capacity: int
+    x_mD: jax.Array, ids_mC: jax.Array, weights_mC: jax.Array, params: Params, apply: Apply, capacity: int, once: bool
 ) -> jax.Array:
-    """Rounds of buffers there and back. Rows are moved by gathers alone, forward and backward."""
-    return _forward(x_mD, ids_mC, weights_mC, params, apply, capacity)[0]
+    """Rounds of buffers there and back, or only one. Rows are moved by gathers alone, forward and backward."""
+    return _forward(x_mD, ids_mC, weights_mC, params, apply, capacity, once)[0]
 
 
 def _forward(
-    x_mD: jax.Array, ids_mC: jax.Array, weights_mC: jax.Array, params: Params, apply: Apply, capacity: int
+    x_mD: jax.Array, ids_mC: jax.Array, weights_mC: jax.Array, params: Params, apply: Apply, capacity: int, once: bool
 ) -> tuple[jax.Array, Any]:
     experts = len(next(iter(params.values()))) * jax.lax.axis_size("expert")
     plan = _plan(ids_mC, experts, capacity)
@@ -221,10 +246,11 @@ def _forward(
         slots_mC = _slots(plan, ids_mC, turn, experts, capacity)
         return _take(back.reshape(-1, back.shape[-1]), slots_mC).sum(1)
 
-    return add_rounds(body, plan.rounds), (x_mD, ids_mC, weights_mC, params, plan)
+    y_mD = body(0) if once else add_rounds(body, plan.rounds)
+    return y_mD, (x_mD, ids_mC, weights_mC, params, plan)
 
 
-def _backward(apply: Apply, capacity: int, saved: Any, dy_mD: jax.Array) -> tuple[Any, ...]:
+def _backward(apply: Apply, capacity: int, once: bool, saved: Any, dy_mD: jax.Array) -> tuple[Any, ...]:
     """Each round travels again, and its expert is computed again, so that nothing of it was kept."""
     x_mD, ids_mC, weights_mC, params, plan = saved
     experts = len(next(iter(params.values()))) * jax.lax.axis_size("expert")
@@ -238,7 +264,7 @@ def _backward(apply: Apply, capacity: int, saved: Any, dy_mD: jax.Array) -> tupl
         dx_mD = _take(d_rows.reshape(-1, d_rows.shape[-1]), slots_mC).sum(1)
         return dx_mD, _take(_to_tokens(d_share).reshape(-1), slots_mC), d_own
 
-    dx_mD, dw_mC, d_params = add_rounds(body, plan.rounds)
+    dx_mD, dw_mC, d_params = body(0) if once else add_rounds(body, plan.rounds)
     return dx_mD, None, dw_mC, d_params
 
 

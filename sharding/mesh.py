@@ -16,7 +16,7 @@ AXES = ("data", "fsdp", "expert", "context", "tensor")
 """`data`: replicas of the weights; `fsdp`: weights and optimizer cut up, batch too; `expert`: experts
 cut up, batch too; `context`: sequences cut up; `tensor`: heads, feed-forward width and vocabulary cut up."""
 
-Exchange = Literal["auto", "ring", "all_to_all", "gspmd"]
+Exchange = Literal["auto", "ring", "all_to_all", "dropping", "gspmd"]
 ContextExchange = Literal["ring", "all_gather"]
 
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -41,7 +41,9 @@ class MeshConfig:
     context: int = 1
     """Shards of each sequence, for sequences too long for one device."""
     exchange: Exchange = "auto"
-    """How tokens meet experts on other devices: gathered around a ring, sent to and fro, or as the compiler does it."""
+    """How tokens meet experts on other devices: gathered around a ring; sent to and fro, in further rounds where a
+    buffer is too small, or (`dropping`) in one, while training, and what is left out is logged; or as the compiler does
+    it."""
     context_exchange: ContextExchange = "ring"
     """How queries meet keys on other devices: these go around a ring, or are gathered."""
 

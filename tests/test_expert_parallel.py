@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from model.experts import Activation, Experts, on_received_rows, reference, run_experts
 from sharding.data_parallel import divides, gather, on_own_tokens
-from sharding.expert_parallel import chosen, spread_experts
+from sharding.expert_parallel import chosen, left_out, send_rows, spread_experts
 from sharding.mesh import MeshConfig, make_mesh
 from sharding.rules import DECODE, TRAIN, spec
 
@@ -111,6 +111,35 @@ def test_any_routing(exchange, shape: tuple[int, int, int, int], routing: str) -
         found = jax.jit(partial(both, spread))(x_MD, weights_MC, placed)
     for value, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.abs(value - wanted).max() <= 1e-5 * max(np.abs(wanted).max(), 1e-6)
+
+
+def test_dropping_leaves_out_what_has_no_room_and_counts_it() -> None:
+    """Per device and expert the first pairs stay, as many as its buffer has rows; the others count nothing."""
+    x_MD, ids_MC, weights_MC, params = inputs("one hot expert", biased=False)
+    shards, own = 4, TOKENS // 4
+    room = send_rows((own, CHOICES), EXPERTS)
+    kept, dropped = np.array(weights_MC), 0
+    for shard in range(shards):
+        seen = np.zeros(EXPERTS + 1, int)
+        for token in range(shard * own, (shard + 1) * own):
+            for choice in range(CHOICES):
+                expert = ids_MC[token, choice]
+                if expert < EXPERTS and seen[expert] >= room:
+                    kept[token, choice], dropped = 0, dropped + 1
+                seen[expert] += 1
+    assert dropped > 0
+    expected = reference(jnp.asarray(x_MD), jnp.asarray(ids_MC), jnp.asarray(kept), Experts(**params))
+    counts = np.stack([np.bincount(part.reshape(-1), minlength=EXPERTS + 1) for part in np.split(ids_MC, shards)])
+
+    def counted(_: list, tokens: jax.Array):
+        counts_E = jnp.bincount(tokens.reshape(-1), length=EXPERTS).astype(jnp.float32)
+        return tokens, left_out("dropping", counts_E, (own, CHOICES))
+
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, expert=2))):
+        found = jax.jit(partial(exchanged, "dropping"))(x_MD, ids_MC, weights_MC, params)
+        _, total = jax.jit(lambda ids: on_own_tokens(counted, [], [], ids))(jnp.asarray(ids_MC)[:, None])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert int(total) == dropped == np.maximum(counts[:, :EXPERTS] - room, 0).sum()
 
 
 @pytest.mark.parametrize("exchange", ["ring", "all_to_all"])

@@ -41,6 +41,7 @@ class Parts:
     """What a loss is made of, for the log. Sums over a micro-batch, already divided by the step's totals.
 
     counts_LE: tokens sent to each expert of each routed layer, in this step so far; `[0, 0]` for dense models.
+    dropped: pairs of token and expert that no buffer had room for.
     """
 
     loss: Float[Array, ""]
@@ -49,6 +50,7 @@ class Parts:
     router_z_loss: Float[Array, ""]
     mtp_loss: Float[Array, ""]
     counts_LE: Float[Array, "L E"]
+    dropped: Float[Array, ""]
 
 
 def no_parts(model: Transformer) -> Parts:
@@ -56,7 +58,7 @@ def no_parts(model: Transformer) -> Parts:
     layers = model.config.num_routers
     experts = model.config.moe.num_experts if layers else 0
     zero = jnp.zeros((), jnp.float32)
-    return Parts(zero, zero, zero, zero, zero, jnp.zeros((layers, experts), jnp.float32))
+    return Parts(zero, zero, zero, zero, zero, jnp.zeros((layers, experts), jnp.float32), zero)
 
 
 def chunk_length(batch: int, length: int, vocab: int) -> int:
@@ -218,7 +220,7 @@ def next_token(
         total, nll, z = cross_entropy(output.hidden_BTD, model.head(), rows["targets"], rows["weights"], config.z_loss)
     loss = total / totals.weight
     zero = jnp.zeros((), jnp.float32)
-    parts = Parts(nll / totals.weight, z / totals.weight, zero, zero, zero, jnp.zeros_like(before.counts_LE))
+    parts = Parts(nll / totals.weight, z / totals.weight, zero, zero, zero, jnp.zeros_like(before.counts_LE), zero)
     stats = output.stats
     if model.mtp is not None:
         with jax.named_scope("mtp"):
@@ -238,6 +240,7 @@ def next_token(
         router_z = jnp.mean(stats.z) / totals.tokens
         loss += config.balance * balance + config.router_z_loss * router_z
         parts = replace(parts, balance_loss=balance, router_z_loss=router_z, counts_LE=stats.counts_E)
+        parts = replace(parts, dropped=stats.dropped.sum())
     return loss, jax.tree.map(jnp.add, before, jax.lax.stop_gradient(parts))
 
 

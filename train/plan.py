@@ -161,7 +161,10 @@ def worst_rounds(run: Run, tokens: int) -> int:
         return 0
     own = tokens // (mesh.batch_shards * mesh.context)
     pairs = own * moe.experts_per_token
-    if chosen(mesh.exchange, mesh.expert, moe.experts_per_token) == "all_to_all":
+    kind = chosen(mesh.exchange, mesh.expert, moe.experts_per_token)
+    if kind == "dropping":
+        return 0
+    if kind == "all_to_all":
         return -(-own // buffer_rows(pairs / moe.num_experts, 8)) - 1
     return -(-pairs * mesh.expert // ring_rows(pairs * mesh.expert, mesh.expert)) - 1
 

@@ -180,6 +180,7 @@ def _tiles(records: Sequence[Mapping[str, Any]]) -> str:
         ("tokens/s", short(rate) if rate else None),
         ("MFU", f"{share:.1%}" if share else None),
         ("busiest expert, x mean", last("expert_load_max_over_mean", ".3g")),
+        ("choices dropped", last("dropped_share", ".2%")),
     ]
     return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles if value) + "</dl>"
 

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from configs.run import Run
 from model.transformer import Transformer
 from model.tree import Arrays, Skeleton
+from sharding.expert_parallel import exact
 from sharding.rules import constrain_weights
 from train.losses import Parts, Totals, no_parts, totals
 from train.rounding import cast, store
@@ -96,6 +97,8 @@ def make_train_step(run: Run, skeleton: Skeleton, loss: Loss, optimizer: optax.G
             load_LE = counts_LE / jnp.maximum(counts_LE.mean(axis=-1, keepdims=True), 1e-9)
             metrics |= {"balance_loss": parts.balance_loss, "router_z_loss": parts.router_z_loss}
             metrics |= {"expert_load": load_LE, "expert_load_max_over_mean": load_LE.max()}
+        if run.mesh.exchange == "dropping":
+            metrics["dropped_share"] = parts.dropped / jnp.maximum(counts_LE.sum(), 1)
         return new, metrics
 
     return step
@@ -165,7 +168,7 @@ def make_validation_step(skeleton: Skeleton, loss: Loss) -> Callable[[TrainState
 
     def step(state: TrainState, batch: dict[str, Array]) -> Array:
         model = skeleton.merge(state.params, state.extra)
-        model.matmul = "plain"  # as the model is used
+        model.matmul, model.exchange = "plain", exact(model.exchange)  # as the model is used
         sums = totals(batch)
         _, parts = loss(model, batch, sums, no_parts(model))
         return jnp.stack([parts.loss * sums.weight, sums.weight])
