@@ -269,8 +269,12 @@ def check_divides(model: ModelConfig, mesh: MeshConfig) -> None:
         parts.append(("channels of an expert", model.moe.intermediate_size, "tensor"))
     if model.num_moe_layers < model.num_layers:
         parts.append(("feed-forward channels", model.intermediate_size, "tensor"))
-    parts.append(("channels of the residual stream", model.hidden_size, "fsdp"))
     for what, size, axis in parts:
         shards = getattr(mesh, axis)
         if size % shards:
             raise UserError(f"{size} {what} do not divide over mesh.{axis}={shards}")
+    if model.hidden_size % (mesh.fsdp * mesh.expert):
+        raise UserError(
+            f"{model.hidden_size} channels of the residual stream do not divide over mesh.fsdp={mesh.fsdp} x "
+            f"mesh.expert={mesh.expert}"
+        )

@@ -222,6 +222,9 @@ def scan_stack(
 ) -> tuple[Array, list[BlockOutput]]:
     """The repeats of a stack in one `lax.scan`, so that compile time does not grow with depth."""
     routers = None if replay is None else replay.reshape(stack.repeats, -1, *replay.shape[1:])
+    dtype = x_BTD.dtype
+    # Each block by itself: otherwise a backward pass has the weights and values of a whole pattern at once.
+    step = rematerialised(lambda block, x, own: gathered(block, dtype)(x, context, None, own), remat)
 
     def body(x_BTD: Array, inputs: tuple) -> tuple[Array, list[BlockOutput]]:
         blocks, own = inputs
@@ -229,12 +232,12 @@ def scan_stack(
         routed = 0
         for block in blocks:
             chosen = None if own is None or routed >= own.shape[0] else own[routed]
-            x_BTD, output = gathered(block, x_BTD.dtype)(x_BTD, context, None, chosen)
+            x_BTD, output = step(block, x_BTD, chosen)
             routed += output.stats is not None
             outputs.append(output)
         return x_BTD, outputs
 
-    x_BTD, stacked = jax.lax.scan(rematerialised(body, remat), x_BTD, (list(stack.blocks), routers))
+    x_BTD, stacked = jax.lax.scan(body, x_BTD, (list(stack.blocks), routers))
     return x_BTD, [
         jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], output)
         for repeat in range(stack.repeats)

@@ -227,14 +227,14 @@ class Transformer(nnx.Module):
         keys = Keys(jax.random.fold_in(key, config.num_layers))
         # At unit variance the token itself, not the average of its neighbours, decides where early layers route
         # it: the load is even from the start. As an output head it has to be small.
-        self.embedding_VD = weight(keys, (V, D), ("vocab", "embed"), D if config.tie_embeddings else 1)
+        self.embedding_VD = weight(keys, (V, D), ("vocab", "columns"), D if config.tie_embeddings else 1)
         self.stacks = nnx.List(
             [Stack(config, pattern, repeats, key) for pattern, repeats in stack_plan(config, stacked)]
         )
         self.norm = RMSNorm(D, config.norm_eps, config.norm)
         own = Keys(jax.random.fold_in(key, config.num_layers + 1))
         self.mtp = NextTokenBlock(config, own) if config.mtp_layers else None
-        self.head_DV = None if config.tie_embeddings else weight(keys, (D, V), ("embed", "vocab"), D)
+        self.head_DV = None if config.tie_embeddings else weight(keys, (D, V), ("columns", "vocab"), D)
         self.config = config
         self.dtype = dtype
         self.remat: Remat = remat

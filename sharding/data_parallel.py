@@ -1,8 +1,8 @@
 """Layers where each device works on its own tokens (fully sharded data parallelism), under `shard_map`.
 
-Weights arrive as they are stored, cut over `fsdp`, and are gathered layer by layer; their gradients are scattered the
-same way. What a gradient sums over other axes is summed once, after the last layer, and not in every one: so no layer
-waits for all devices. `tensor` stays with the compiler.
+Weights arrive as they are stored, cut over `fsdp` (and over `expert`, if they are not of experts), and are gathered
+layer by layer; their gradients are scattered the same way. What a gradient sums over other axes is summed once, after
+the last layer, and not in every one: so no layer waits for all devices. `tensor` stays with the compiler.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from sharding.mesh import TOKEN_AXES, platform
-from sharding.rules import TOKENS, TRAIN, is_even, spec, without
+from sharding.rules import TOKENS, TRAIN, is_even, names_of, spec, without
 
 GATHERED = "gathered"
 """Name of gathered weights, for `keep_all_but_gathered`."""
@@ -70,26 +70,28 @@ def on_own_tokens(
 def gather(leaf: jax.Array, axes: tuple[str | None, ...], dtype: jnp.dtype) -> jax.Array:
     """A weight whole along what is cut over `fsdp`, in `dtype`; itself if nothing is, or outside `on_own_tokens`."""
     mesh = jax.sharding.get_abstract_mesh()
-    partition = spec(axes, TRAIN)
-    if "fsdp" not in mesh.manual_axes or "fsdp" not in partition:
+    cut = [names_of(entry) for entry in spec(axes, TRAIN)]
+    dimension = next((i for i, names in enumerate(cut) if "fsdp" in names), None)
+    if "fsdp" not in mesh.manual_axes or dimension is None:
         return leaf
     # A router works in float32.
     leaf = leaf if "router" in axes else leaf.astype(dtype)
-    if mesh.shape["fsdp"] > 1:
-        leaf = _gather(leaf, partition.index("fsdp"))
+    over = tuple(name for name in cut[dimension] if mesh.shape[name] > 1)
+    if over:
+        leaf = _gather(leaf, dimension, over)
     return checkpoint_name(leaf, GATHERED)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(leaf: jax.Array, dimension: int) -> jax.Array:
-    """The shards along `fsdp`, one after the other in `dimension`.
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(leaf: jax.Array, dimension: int, over: tuple[str, ...]) -> jax.Array:
+    """The shards along these mesh axes, one after the other in `dimension`.
 
     What is cut along its first or its last dimension travels as a matrix whose rows are cut. Products want a matrix
     too: so what they get need not be moved about in memory, as several dimensions in tiles of registers would be.
     """
     if 0 < dimension < leaf.ndim - 1:
-        return jax.lax.all_gather(leaf, "fsdp", axis=dimension, tiled=True)
-    whole = jax.lax.all_gather(_rows(leaf, dimension), "fsdp", tiled=True)
+        return jax.lax.all_gather(leaf, over, axis=dimension, tiled=True)
+    whole = jax.lax.all_gather(_rows(leaf, dimension), over, tiled=True)
     return _unrows(whole, leaf.shape, dimension)
 
 
@@ -103,21 +105,21 @@ def _unrows(rows: jax.Array, shape: tuple[int, ...], dimension: int) -> jax.Arra
     return rows.reshape(-1, *shape[1:]) if dimension == 0 else rows.T.reshape(*shape[:-1], -1)
 
 
-def _scatter(dimension: int, _: None, d_leaf: jax.Array) -> tuple[jax.Array]:
-    """The sum over `fsdp` of this device's shard.
+def _scatter(dimension: int, over: tuple[str, ...], _: None, d_leaf: jax.Array) -> tuple[jax.Array]:
+    """The sum over these mesh axes of this device's shard.
 
     TPUs do not scatter along the last dimension: the compiler takes twice the traffic (an all-reduce, and a slice).
     """
     if 0 < dimension < d_leaf.ndim - 1:
-        return (jax.lax.psum_scatter(d_leaf, "fsdp", scatter_dimension=dimension, tiled=True),)
-    part = jax.lax.psum_scatter(_rows(d_leaf, dimension), "fsdp", tiled=True)
+        return (jax.lax.psum_scatter(d_leaf, over, scatter_dimension=dimension, tiled=True),)
+    part = jax.lax.psum_scatter(_rows(d_leaf, dimension), over, tiled=True)
     return (_unrows(part, d_leaf.shape, dimension),)
 
 
-_gather.defvjp(lambda leaf, dimension: (_gather(leaf, dimension), None), _scatter)
+_gather.defvjp(lambda leaf, dimension, over: (_gather(leaf, dimension, over), None), _scatter)
 
 
 def keep_all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
     """A policy of `jax.checkpoint`: a backward pass gathers weights again rather than keep all of them."""
-    gathers = primitive.name == "all_gather" and params["axis_name"] in ("fsdp", ("fsdp",))
+    gathers = primitive.name == "all_gather" and "fsdp" in names_of(params["axis_name"])
     return not gathers and params.get("name") != GATHERED

@@ -17,7 +17,8 @@ Table = Mapping[str, str | tuple[str, ...] | None]
 
 TRAIN: Table = {
     "layers": None,
-    "embed": "fsdp",
+    "embed": ("fsdp", "expert"),
+    "columns": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -26,13 +27,19 @@ TRAIN: Table = {
     "expert": "expert",
     "router": "fsdp",
 }
-"""Weights while training: cut over fsdp too, and gathered layer by layer as they are used."""
+"""Weights while training: cut over fsdp too, and over expert where no expert has it, and gathered layer by layer
+as they are used. `columns` are those of the embedding and the head."""
 
-OPTIMIZER: Table = {**TRAIN, "embed": ("fsdp", "data"), "router": ("fsdp", "data")}
+OPTIMIZER: Table = {
+    **TRAIN,
+    "embed": ("fsdp", "expert", "data"),
+    "columns": ("fsdp", "data"),
+    "router": ("fsdp", "data"),
+}
 """Moments while training, and the gradients that they take: copies of a weight along `data` each update a part of it
 (ZeRO stage 1, arXiv 1910.02054, section 5.1). `data` comes last: a part is cut out of what a device holds anyway."""
 
-DECODE: Table = {**TRAIN, "embed": None, "router": None}
+DECODE: Table = {**TRAIN, "embed": None, "columns": None, "router": None}
 """Weights while decoding: nothing is gathered, so each token reads only what its device holds."""
 
 ACTIVATIONS: Table = {
@@ -57,14 +64,24 @@ TOKENS = P(BATCH_AXES, "context")
 def spec(axes: Sequence[str | None], table: Table) -> P:
     """The partition of an array whose dimensions carry the logical names `axes` (None: not cut).
 
+    Of several mesh axes for one name those are left out that another dimension has for itself.
+
     Raises:
         ValueError: a name is not in the table, or two dimensions fall on one mesh axis.
     """
-    entries = [None if axis is None else table[axis] for axis in axes]
+    wanted = [None if axis is None else table[axis] for axis in axes]
+    taken = {entry for entry in wanted if isinstance(entry, str)}
+    entries = [one if isinstance(one, str) else _one_of(n for n in one or () if n not in taken) for one in wanted]
     used = [name for entry in entries for name in names_of(entry)]
     if len(used) != len(set(used)):
         raise ValueError(f"two dimensions of {tuple(axes)} fall on one mesh axis: {entries}")
     return P(*entries)
+
+
+def _one_of(names: Iterable[str]) -> Any:
+    """The entry of a partition for these mesh axes."""
+    found = tuple(names)
+    return found if len(found) > 1 else found[0] if found else None
 
 
 def names_of(entry: Any) -> tuple[str, ...]:
@@ -91,12 +108,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def without(partition: P, axes: Iterable[str]) -> P:
     """`partition` with these mesh axes left out."""
     gone = set(axes)
-
-    def kept(entry: Any) -> Any:
-        names = [name for name in names_of(entry) if name not in gone]
-        return tuple(names) if len(names) > 1 else names[0] if names else None
-
-    return P(*(kept(entry) for entry in partition))
+    return P(*(_one_of(name for name in names_of(entry) if name not in gone) for entry in partition))
 
 
 def on_own_parts(

@@ -18,7 +18,7 @@ from sharding.data_parallel import divides
 from sharding.mesh import TOKEN_AXES
 from sharding.rules import TOKENS, TRAIN, spec
 
-EMBEDDING = spec(("vocab", "embed"), TRAIN)
+EMBEDDING = spec(("vocab", "columns"), TRAIN)
 PARTS = ("expert", "tensor")
 """Axes that the vocabulary of a loss is cut over, where it divides; else `tensor` alone."""
 

@@ -46,7 +46,7 @@ def rough_seconds(run: Run, chip: Chip) -> float:
     rest = model.parameters_total - experts
     shared = experts / (mesh.expert * mesh.tensor) + rest / mesh.tensor
     kept = 2.0 * tokens * model.hidden_size * model.num_layers if run.remat == "block" else 0.0
-    held = 12 * shared / mesh.fsdp + 4 * shared / mesh.fsdp + kept
+    held = 16 * (experts + rest) / (mesh.expert * mesh.tensor * mesh.fsdp) + kept
     if held > 0.8 * chip.limit:
         return float("inf")
     weights = 3 * 2 * shared * (mesh.fsdp - 1) / mesh.fsdp
