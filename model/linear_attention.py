@@ -112,15 +112,17 @@ def decays(g: Float[Array, "*B T"], same: Array) -> tuple[Float[Array, "*B T"], 
 def _decay(g: Array, same: Array) -> Array:
     """`exp(sum of g[k] for j < k <= i)` for the pairs that are `same`.
 
-    The gradient is written out: through two sums that are subtracted it would cancel, and lose three digits.
+    Each sum is made of its own terms (Mamba-2's segsum, arXiv 2405.21060, listing 1), and the gradient is written out:
+    as differences of two sums both would cancel, and lose up to three digits.
     """
     return _decay_forward(g, same)[0]
 
 
 def _decay_forward(g: Array, same: Array) -> tuple[Array, Array]:
-    total = jnp.einsum("...j,...ij->...i", g, jnp.broadcast_to(same, (*g.shape, g.shape[-1])).astype(g.dtype))
-    between = jnp.where(same, total[..., :, None] - total[..., None, :], 0.0)
-    decay = jnp.where(same, jnp.exp(between), 0.0)
+    size = g.shape[-1]
+    terms = jnp.where(jnp.tri(size, k=-1, dtype=bool), g[..., :, None], 0.0)
+    between = jnp.tri(size, dtype=g.dtype) @ terms
+    decay = jnp.where(same, jnp.exp(jnp.where(same, between, 0.0)), 0.0)
     return decay, decay
 
 

@@ -64,7 +64,7 @@ COVER = [
     ("windowed", MeshConfig(1, 1, 1, 2, 4)),
     ("windowed", MeshConfig(2, context=4, context_exchange="all_gather")),
     ("hybrid", MeshConfig(1, 2, 2, 1, 2)),
-    ("hybrid", MeshConfig(2, context=4)),
+    ("hybrid", MeshConfig(context=4, tensor=2)),
 ]
 CASES = ALL if os.environ.get("QMAX_FULL") else COVER
 
