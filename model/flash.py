@@ -38,6 +38,8 @@ def over_context(
     """
     out: Array
     lse: Array
+    # Masks that depend on queries: jax would make all of them ahead, before the first layer, and keep them.
+    q_BKGTH, segments_BT = jax.lax.optimization_barrier((q_BKGTH, segments_BT))
     attend, pull = partial(attend_piece, window=window), partial(pull_piece, window=window)
     if exchange == "ring" and segments_BT.shape[1] % 2 == 0:
         out, lse = ring_attention(q_BKGTH, k_BKSH, v_BKSI, segments_BT, attend, pull)
