@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from errors import UserError
+from sharding.mesh import platform
 
 Matmul = Literal["plain", "int8", "fp8"]
 
@@ -78,7 +79,11 @@ def linear(x: Float[Array, "*B D"], weight: Float[Array, "D *N"], matmul: Matmul
     weight = weight.astype(x.dtype)
     if matmul == "plain":
         # As a matrix, see `sharding.data_parallel`.
-        return jnp.tensordot(x, weight.reshape(len(weight), -1), 1).reshape(*x.shape[:-1], *weight.shape[1:])
+        out = jnp.tensordot(x, weight.reshape(len(weight), -1), 1)
+        if weight.ndim > 2 and platform() == "tpu":
+            # The compiler for v6e (libtpu 0.0.52) dies of joining the split into heads with what follows it.
+            out = jax.lax.optimization_barrier(out)
+        return out.reshape(*x.shape[:-1], *weight.shape[1:])
     return _quantized(x, weight, (((x.ndim - 1,), (0,)), ((), ())), matmul)
 
 
