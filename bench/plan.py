@@ -1,7 +1,8 @@
 """`python -m bench.plan`: the named configs of `configs/` compiled for the TPUs that they are for, as one table.
 
 Needs `pip install 'qmax[plan]'` on Python 3.12 or later. Memory and collectives are the TPU compiler's; times are the
-model of `train/plan_time.py`, and no TPU was touched. Minutes for each on two cores.
+model of `train/plan_time.py`, and no TPU was touched. Minutes for each on two cores. `--maxtext-python` compiles
+MaxText's step of the same models for the same chips too.
 """
 
 from __future__ import annotations
@@ -15,8 +16,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench import plan_maxtext
+
 GIB = 2**30
 ROOT = Path(__file__).parents[1]
+
+MAXTEXT = {
+    "30B-A3B, v5p-32": ("qwen3-30b-a3b", "v5p-32", "v5p:2x2x4", 4, 4),
+    "235B-A22B, v5p-256": ("qwen3-235b-a22b", "v5p-256", "v5p:4x4x8", 16, 8),
+}
+"""For plans that MaxText can make too: its names of model and chips, ours of the chips, fsdp and expert."""
 
 V6E = "--slices 4 --mesh.data 4 --mesh.fsdp 16 --data.batch-size 1024 --data.sequence-length 2048"
 PLANS: dict[str, tuple[str, float | None]] = {
@@ -25,7 +34,7 @@ PLANS: dict[str, tuple[str, float | None]] = {
     "235B-A22B, v5p-256": ("qwen3_235b_a22b.py --topology v5p:4x4x8", None),
     "235B-A22B, tpu7x-128": ("qwen3_235b_a22b.py --topology tpu7x:4x4x4", None),
     "1T, v5p 2,048 chips": ("qwen3_max_1t.py --topology v5p:8x16x16", 24),
-    "1T, v6e 4 x 256": (f"qwen3_max_1t.py --topology v6e:16x16 {V6E} --optimizer.moment-dtype bfloat16", 30),
+    "1T, v6e 4 x 256": (f"qwen3_max_1t.py --topology v6e:16x16 {V6E} --parameter-dtype bfloat16", 30),
     "1T, tpu7x 256 chips": ("qwen3_max_1t.py --topology tpu7x:4x8x8 --mesh.fsdp 32 --data.batch-size 512", 45),
     "1T with 4 layers, v5p 2,048 chips": ("qwen3_max_1t.py --topology v5p:8x16x16 --model.num-layers 4", None),
     "2.4T-A95B, v5p 512 chips": ("qwen3_8_max.py --topology v5p:8x8x8", None),
@@ -68,11 +77,39 @@ def row(name: str, found: dict[str, Any], mark: float | None) -> list[str]:
     ]
 
 
+def beside(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """Our plan beside MaxText's, as sentences."""
+    if "error" in theirs or "modelled" not in ours:
+        return f"MaxText: {theirs.get('error')}"
+    moved: dict[str, int] = {}
+    for one in ours["collectives"]:
+        moved[one["kind"]] = moved.get(one["kind"], 0) + one["bytes"]
+    own = {
+        "peak_bytes_per_device": ours["peak_bytes_per_device"],
+        "compile_seconds": ours["compile_seconds"],
+        "matrix_seconds": ours["modelled"]["matrix"],
+        "unstated_seconds": ours["modelled"]["unstated"],
+        "collective_bytes": moved,
+    }
+
+    def words(one: dict[str, Any]) -> str:
+        sent = ", ".join(
+            f"{kind} {size / GIB:.1f}" for kind, size in one["collective_bytes"].items() if size > GIB / 10
+        )
+        return (
+            f"{one['peak_bytes_per_device'] / GIB:.1f} GiB; beside kernels {one['matrix_seconds']:.3g} s of cycles and "
+            f"{one['unstated_seconds']:.3g} s of bytes; GiB sent: {sent}; {one['compile_seconds']:.0f} s to compile"
+        )
+
+    return f"  ours:    {words(own)}\n  MaxText: {words(theirs)}"
+
+
 def main() -> int:
     """Compiles what was asked for and prints the table as it grows."""
     parser = argparse.ArgumentParser(prog="python -m bench.plan", description=__doc__)
     parser.add_argument("--only", default="", help="those whose name holds this")
     parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--maxtext-python", default="", help="an interpreter that has MaxText")
     args = parser.parse_args()
     print("| " + " | ".join(HEADER) + " |\n|" + " --- |" * len(HEADER), flush=True)
     found: dict[str, Any] = {}
@@ -82,6 +119,12 @@ def main() -> int:
             print("| " + " | ".join(row(name, found[name], mark)) + " |", flush=True)
             if args.json:
                 args.json.write_text(json.dumps(found, indent=1))
+    for name, words in MAXTEXT.items() if args.maxtext_python else ():
+        if name in found:
+            theirs = found[name]["maxtext"] = plan_maxtext.measure(args.maxtext_python, *words)
+            print(f"\n{name}\n{beside(found[name], theirs)}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
     print("\nBy", next((one["compiler"] for one in found.values() if "compiler" in one), "no compiler"))
     return 0
 

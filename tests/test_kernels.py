@@ -46,6 +46,7 @@ def test_splash_attention(length, heads, kv_heads, width, values, window, sinks)
 
 def test_blocks_divide_the_length() -> None:
     for length in (128, 384, 4096, 32768):
-        sizes = block_sizes(length)
+        sizes = block_sizes(length, 128)
         assert fits(length, length) and length % sizes.block_q == 0 and length % sizes.block_kv == 0
-    assert block_sizes(32768).block_q_dq and not fits(100, 100) and not fits(128, 256)
+    assert block_sizes(4096, 128).block_kv_dkv == 4096 and block_sizes(4096, 256).block_kv_dkv == 1024
+    assert block_sizes(32768, 128).block_q_dq and not fits(100, 100) and not fits(128, 256)

@@ -25,6 +25,10 @@ FUSED_LENGTH = 8192
 """Up to it one kernel makes all gradients; it keeps a part of the queries' gradient for every block of keys."""
 
 
+KEPT_KEYS = 4096 * 128
+"""Numbers of all keys of a head that the gradients' kernel keeps at once: then the queries' gradient has one part."""
+
+
 def fits(length: int, keys: int) -> bool:
     """Whether the kernel takes so many queries and keys."""
     return length == keys and length % LANES == 0
@@ -53,7 +57,7 @@ def splash(
         one = masks.LocalMask((length, length), (window - 1, 0), 0)
     run = kernel.make_splash_mha(
         masks.MultiHeadMask([one] * heads),
-        block_sizes=block_sizes(length),
+        block_sizes=block_sizes(length, q_BTNH.shape[-1]),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
@@ -98,13 +102,14 @@ def _backward(function: Callable[..., Array], saved: Any, d_out: Array) -> tuple
 as_they_come.defvjp(_forward, _backward)
 
 
-def block_sizes(length: int) -> kernel.BlockSizes:
+def block_sizes(length: int, width: int) -> kernel.BlockSizes:
     """Blocks that divide `length`."""
     keys = next(size for size in (LARGEST_BLOCK, 512, 256, LANES) if length % size == 0)
     queries = max(keys // 2, LANES)
     sizes = dict.fromkeys(("block_q", "block_kv_compute", "block_q_dkv", "block_kv_dkv_compute"), queries)
     if length <= FUSED_LENGTH:
-        return kernel.BlockSizes(block_kv=keys, block_kv_dkv=keys, use_fused_bwd_kernel=True, **sizes)
+        kept = length if length * width <= KEPT_KEYS else keys
+        return kernel.BlockSizes(block_kv=keys, block_kv_dkv=kept, use_fused_bwd_kernel=True, **sizes)
     return kernel.BlockSizes(block_kv=keys, block_kv_dkv=keys, block_q_dq=queries, block_kv_dq=keys, **sizes)
 
 
