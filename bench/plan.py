@@ -64,7 +64,7 @@ def row(name: str, found: dict[str, Any], mark: float | None) -> list[str]:
     peak = found["peak_bytes_per_device"]
     words = f"{peak / GIB:.1f}" if peak else "unknown"
     worst = found.get("worst_routing", {})
-    looped = sum(one["bytes"] for one in found.get("over_all_devices", []) if one["looped"])
+    looped = {one["kind"] for one in found.get("over_all_devices", []) if one["looped"]}
     mfu = f"{found['mfu_low']:.0%} to {found['mfu_high']:.0%}" if "mfu_low" in found else "-"
     return [
         name,
@@ -72,7 +72,7 @@ def row(name: str, found: dict[str, Any], mark: float | None) -> list[str]:
         "yes" if found["fits"] else "no",
         mfu,
         f"{worst['rounds']} rounds" if worst else "-",
-        f"{looped:,} bytes",
+        ", ".join(sorted(looped)) or "nothing",
         f"{found['compile_seconds']:.0f} s",
     ]
 

@@ -124,6 +124,11 @@ def by_groups(
 
 def sums_by_group(x_SX: Array, y_SY: Array, sizes_G: Int[Array, " G"]) -> Float[Array, "G X Y"]:
     """`sum_s x[s] outer y[s]` over the rows of each group, which stand one group after the other."""
+    if platform() == "tpu" and x_SX.dtype == jnp.bfloat16:
+        from model.kernels import grouped  # a second of imports, which only TPUs need
+
+        if grouped.fits(len(x_SX)):
+            return grouped.sums_by_group(x_SX, y_SY, sizes_G)
     return _product(x_SX, y_SY, sizes_G, (0, 0), False)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from model.attention import Mask, attend_in_blocks
+from model.kernels import grouped
 from model.kernels.splash import block_sizes, fits, splash
 
 
@@ -42,6 +43,20 @@ def test_splash_attention(length, heads, kv_heads, width, values, window, sinks)
     np.testing.assert_allclose(found, wanted, atol=2e-5)
     for a, b in zip(jax.tree.leaves(fused_pull(dy)), jax.tree.leaves(pull(dy)), strict=True):
         assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max()
+
+
+@pytest.mark.parametrize("sizes", [(64, 0, 100, 28), (0, 0, 0, 0), (0, 300, 84, 0)])
+def test_sums_over_groups(sizes: tuple[int, ...]) -> None:
+    """Of uneven and empty groups, with rows behind the last that mean nothing."""
+    draw = np.random.default_rng(0)
+    x, y = (jnp.asarray(draw.normal(size=(384, width)), jnp.float32) for width in (128, 256))
+    x, y = (jnp.where(jnp.arange(384)[:, None] < sum(sizes), a, 7.0) for a in (x, y))
+    found = grouped.sums_by_group(x, y, jnp.asarray(sizes), interpret=True)
+    ends = np.cumsum(sizes)
+    for group, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+        wanted = np.asarray(x)[end - size : end].T @ np.asarray(y)[end - size : end]
+        np.testing.assert_allclose(found[group], wanted, atol=1e-3)
+    assert grouped.fits(40960) and not grouped.fits(40)
 
 
 def test_blocks_divide_the_length() -> None:

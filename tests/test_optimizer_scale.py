@@ -100,7 +100,7 @@ def test_bfloat16_moments_are_stored_and_nothing_more() -> None:
             assert np.mean(np.asarray(ours) != theirs) < 0.01
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.full)])
 def test_every_moment_is_stored_in_bfloat16(name: Any) -> None:
     runs = [make_run(MOE, optimizer=replace(STEADY, name=name, moment_dtype=kind)) for kind in ("float32", "bfloat16")]
     exact, coarse = (Trainer(run, ONE) for run in runs)
@@ -133,8 +133,8 @@ def on_mesh(mesh: MeshConfig, start: Trainer, **changes: Any) -> Trainer:
 
 
 CASES = [
-    ({}, DATA, "adamw"),
-    ({}, THREE, "adamw"),
+    pytest.param({}, DATA, "adamw", marks=pytest.mark.full),
+    pytest.param({}, THREE, "adamw", marks=pytest.mark.full),
     ({"layers": "stacked", "accumulate": 2}, DATA, "adamw"),
     ({"layers": "stacked"}, THREE, "muon"),
 ]

@@ -143,9 +143,9 @@ def check_close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], lea
         ("dense", "fp8", {}, 0.99),
         ("moe", "int8", {"layers": "stacked", "remat": "dots"}, 0.99),
         ("moe", "fp8", {"layers": "stacked", "remat": "block"}, 0.99),
-        ("latent", "int8", {}, 0.99),
+        pytest.param("latent", "int8", {}, 0.99, marks=pytest.mark.full),
         # So small a memory is sensitive: its weights times 1 +- 0.004 give plain gradients at a cosine of 0.92.
-        ("hybrid", "int8", {}, 0.95),
+        pytest.param("hybrid", "int8", {}, 0.95, marks=pytest.mark.full),
     ],
 )
 def test_gradients_are_close_to_plain_ones(kind: str, matmul: Matmul, form: dict[str, Any], least: float) -> None:
@@ -159,7 +159,7 @@ def test_gradients_are_close_to_plain_ones(kind: str, matmul: Matmul, form: dict
     check_close(found, wanted, least)
 
 
-@pytest.mark.parametrize("matmul", KINDS)
+@pytest.mark.parametrize("matmul", ["int8", pytest.param("fp8", marks=pytest.mark.full)])
 def test_many_devices_are_close_too(matmul: Matmul) -> None:
     """Layers run under `shard_map` there, with weights that are gathered before they are rounded."""
     trainer, wanted, loss = plain("moe")
@@ -177,7 +177,7 @@ def losses(matmul: Matmul) -> list[float]:
     return [float(trainer(make_rows(trainer.run, step % 3))["loss"]) for step in range(30)]
 
 
-@pytest.mark.parametrize("matmul", KINDS)
+@pytest.mark.parametrize("matmul", [pytest.param("int8", marks=pytest.mark.full), "fp8"])
 def test_training_follows_plain_training(matmul: Matmul) -> None:
     wanted, found = losses("plain"), losses(matmul)
     assert wanted[-1] < 0.2 * wanted[0]

@@ -64,7 +64,7 @@ def test_muon_learns_and_leaves_norms_to_adamw() -> None:
         assert losses[-1] < 0.6 * losses[0], layers
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.full)])
 def test_stacked_and_list_take_the_same_step(name: str) -> None:
     ends = []
     for layers in ("list", "stacked"):

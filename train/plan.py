@@ -265,9 +265,9 @@ def show_collectives(found: dict[str, Any]) -> None:
         for one in found["collectives"][:20]
     ]
     print_table(rows, ("collective", "axes", "devices", "times", "bytes", "asynchronous", "in a loop"))
-    looped = [one for one in found["over_all_devices"] if one["looped"]]
+    looped = sorted({one["kind"] for one in found["over_all_devices"] if one["looped"]})
     all_bytes = human_bytes(sum(one["bytes"] for one in found["over_all_devices"]))
-    print(f"\nOver all devices: {all_bytes} a step, {'some in a loop' if looped else 'none of it in a loop'}.")
+    print(f"\nOver all devices: {all_bytes} a step; in loops: {', '.join(looped) or 'nothing'}.")
 
 
 def show_search(ranked: list[dict[str, Any]]) -> None:
