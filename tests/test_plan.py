@@ -133,6 +133,7 @@ def test_the_operations_of_kernels_by_hand() -> None:
     by_hand = {
         Kernel("ragged-dot-none", 3, ((80, 32), (9,), (80, 16), (4, 16, 32)), 0): 2 * (64 * 2) * 32 * 16,
         Kernel("ragged-dot-metadata", 9, ((4,), (9,)), 0): 0,
+        Kernel("transpose_jvp_jit_tgmm___", 1, ((4, 16, 32), (80, 16), (80, 32)), 0): 2 * (64 * 2) * 32 * 16,
         Kernel("splash_mha_fwd_residuals", 1, (), 0): 2 * 2 * heads * width * 64 * 16 / 2,
     }
     for kernel, flops in by_hand.items():

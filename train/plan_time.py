@@ -100,7 +100,8 @@ def kernel_flops(kernel: Kernel, run: Run, tokens: float, length: int) -> float:
         tokens: per device. length: of a sequence.
     """
     model = run.model
-    if kernel.name.startswith(("ragged-dot", "tgmm")) and "metadata" not in kernel.name:
+    grouped = kernel.name.startswith("ragged-dot") or "tgmm" in kernel.name
+    if grouped and "metadata" not in kernel.name:
         # Among its arrays one has a matrix for each group: the weights, or their gradient.
         matrix = next((shape[1:] for shape in kernel.shapes if len(shape) == 3), (0, 0))
         return 2 * tokens * model.moe.experts_per_token * prod(matrix)
