@@ -2,7 +2,8 @@
 
     ./run.sh plan configs/qwen3_30b_long.py --topology v5p:4x4x4
 
-Not compiled whole yet: ask `qmax plan`.
+Not compiled whole yet: with two layers 13 GiB per device. Attention along the ring is no kernel yet, and takes most of
+the time.
 """
 
 from configs.run import DataConfig, OptimizerConfig, Run

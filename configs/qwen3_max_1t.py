@@ -5,9 +5,9 @@
         --data.batch-size 1024 --data.sequence-length 2048
     ./run.sh plan configs/qwen3_max_1t.py --topology tpu7x:4x8x8 --mesh.fsdp 32 --data.batch-size 512
 
-By libtpu 0.0.52 for v5p: 23.0 GiB per device at the peak (weights 2.2, optimizer 4.5, within a step 16.3), whatever the
-routing; no layer waits for all devices; 20 % to 40 % MFU by the plan's model of the time.
-The others are not compiled yet.
+By libtpu 0.0.52 for v5p: 22.7 GiB per device at the peak (weights 2.0, optimizer 2.0, within a step 18.7), whatever the
+routing; no all-reduce of all devices in a loop; 29 % to 46 % MFU by the plan's model of the time. v6e does not fit yet
+(45 GiB of 31); tpu7x took 48 GiB before weights were cut over `expert` too.
 """
 
 from configs.run import DataConfig, OptimizerConfig, Run
