@@ -3,7 +3,7 @@
     ./run.sh plan configs/qwen3_235b_a22b.py --topology v5p:4x4x8
     ./run.sh plan configs/qwen3_235b_a22b.py --topology tpu7x:4x4x4                              (tpu7x-128)
 
-By libtpu 0.0.52 at most 46 GiB per device at the peak on either; by the plan's model of the time 27 % to 35 % MFU on v5p
+By libtpu 0.0.52 about 46 GiB per device at the peak on either; 27 % to 35 % MFU by the plan's model of the time on v5p
 and 18 % to 26 % on tpu7x.
 """
 
