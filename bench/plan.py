@@ -81,15 +81,12 @@ def beside(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     """Our plan beside MaxText's, as sentences."""
     if "error" in theirs or "modelled" not in ours:
         return f"MaxText: {theirs.get('error')}"
-    moved: dict[str, int] = {}
-    for one in ours["collectives"]:
-        moved[one["kind"]] = moved.get(one["kind"], 0) + one["bytes"]
     own = {
         "peak_bytes_per_device": ours["peak_bytes_per_device"],
         "compile_seconds": ours["compile_seconds"],
         "matrix_seconds": ours["modelled"]["matrix"],
         "unstated_seconds": ours["modelled"]["unstated"],
-        "collective_bytes": moved,
+        "collective_bytes": plan_maxtext.bytes_by_kind(ours["collectives"]),
     }
 
     def words(one: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import re
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,16 +60,21 @@ def measure(python: str, model: str, accelerator: str, topology: str, fsdp: int,
             return {"error": said.strip().splitlines()[-1:]}
         read = read_program(texts[-1].read_text(errors="replace"), {"fsdp": fsdp, "expert": expert})
     chip = find_chip(topology)
-    moved = {one.kind: 0 for one in read.collectives}
-    for one in read.collectives:
-        moved[one.kind] += one.bytes
     return {
         "peak_bytes_per_device": sum(int(size) for size in memory.values()),
         "compile_seconds": seconds,
         "matrix_seconds": read.cycles / chip.clock,
         "unstated_seconds": read.unstated_bytes / chip.memory,
-        "collective_bytes": moved,
+        "collective_bytes": bytes_by_kind(vars(one) for one in read.collectives),
     }
+
+
+def bytes_by_kind(collectives: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """What is sent, by the kind of collective."""
+    moved: dict[str, int] = {}
+    for one in collectives:
+        moved[one["kind"]] = moved.get(one["kind"], 0) + one["bytes"]
+    return moved
 
 
 def compiler_path() -> str:
