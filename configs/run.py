@@ -94,7 +94,7 @@ class OptimizerConfig:
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """How the running means of gradients and of their squares are stored; they are computed in float32."""
     shard_over_data: bool = True
-    """Cut them over mesh.data too (ZeRO-1); false keeps a copy in each."""
+    """Cut weights and moments over mesh.data too between steps (ZeRO-1); false keeps a copy in each part."""
 
     def __post_init__(self) -> None:
         check_range(self, "optimizer.", 0, "warmup_steps", "eps", "weight_decay", "clip_norm")
@@ -273,8 +273,7 @@ def check_divides(model: ModelConfig, mesh: MeshConfig) -> None:
         shards = getattr(mesh, axis)
         if size % shards:
             raise UserError(f"{size} {what} do not divide over mesh.{axis}={shards}")
-    if model.hidden_size % (mesh.fsdp * mesh.expert):
-        raise UserError(
-            f"{model.hidden_size} channels of the residual stream do not divide over mesh.fsdp={mesh.fsdp} x "
-            f"mesh.expert={mesh.expert}"
-        )
+    cut = ["fsdp", "expert", *(["data"] if mesh.cut_over_data else [])]
+    if model.hidden_size % math.prod(mesh.sizes[axis] for axis in cut):
+        shards = " x ".join(f"mesh.{axis}={mesh.sizes[axis]}" for axis in cut)
+        raise UserError(f"{model.hidden_size} channels of the residual stream do not divide over {shards}")

@@ -112,12 +112,12 @@ def predict_further(
     following_BT = jnp.pad(batch.tokens_BT[:, 1:], ((0, 0), (0, 1)))
 
     def run(block: NextTokenBlock, tokens: tuple[Array, Array, Context]) -> tuple[Array, RouterStats | None]:
-        step = rematerialised(lambda block, *tokens: gathered(block, model.dtype)(*tokens), model.remat)
+        step = rematerialised(lambda block, *tokens: gathered(block, context)(*tokens), model.remat)
         further_BTD, output = step(block, *tokens)
         return further_BTD, output.stats
 
     tokens = (hidden_BTD, embed(model, following_BT), context)
-    return spread(run, model.mtp, tokens) if spreads(model, batch) else run(model.mtp, tokens)
+    return spread(run, model.mtp, tokens, model.cut_over_data) if spreads(model, batch) else run(model.mtp, tokens)
 
 
 def make_context(model: Transformer, batch: Batch, cache: Cache | None) -> Context:
@@ -146,6 +146,7 @@ def make_context(model: Transformer, batch: Batch, cache: Cache | None) -> Conte
         documents_BT,
         training=cache is None,
         exchange=model.exchange if cache is None else exact(model.exchange),
+        cut_over_data=model.cut_over_data,
         matmul=model.matmul if cache is None else "plain",
     )
 
@@ -155,12 +156,14 @@ def spreads(model: Transformer, batch: Batch) -> bool:
     return model.exchange != "gspmd" and divides(batch.tokens_BT.shape, model.dtype)
 
 
-def spread(run: Callable[[Any, Any], tuple[Any, Any]], module: nnx.Module, tokens: Any) -> tuple[Any, Any]:
+def spread(
+    run: Callable[[Any, Any], tuple[Any, Any]], module: nnx.Module, tokens: Any, cut_over_data: bool
+) -> tuple[Any, Any]:
     """`run(module, tokens)` on each device's own tokens; gives arrays `[B, T, ...]`, and sums over tokens."""
     leaves, structure = jax.tree.flatten(module)
     variables = jax.tree.leaves(module, is_leaf=lambda node: isinstance(node, nnx.Variable))
     axes = [leaf.get_metadata()["axes"] for leaf in variables]
-    return on_own_tokens(lambda own, tokens: run(structure.unflatten(own), tokens), leaves, axes, tokens)
+    return on_own_tokens(lambda own, tokens: run(structure.unflatten(own), tokens), leaves, axes, tokens, cut_over_data)
 
 
 def spread_stacks(
@@ -176,7 +179,7 @@ def spread_stacks(
         return (x_BTD, [layer.experts_BTC for layer in layers]), [layer.stats for layer in layers]
 
     replay_BTLC = None if replay is None else jnp.moveaxis(replay, 0, 2)
-    (x_BTD, experts), stats = spread(run, model, (x_BTD, context, replay_BTLC))
+    (x_BTD, experts), stats = spread(run, model, (x_BTD, context, replay_BTLC), model.cut_over_data)
     return x_BTD, [BlockOutput(None, *output) for output in zip(stats, experts, strict=True)]
 
 
@@ -204,8 +207,8 @@ def unrolled_stack(
 ) -> tuple[Array, list[BlockOutput]]:
     """The blocks of a stack one after the other; `first` is the index of its first layer."""
     outputs: list[BlockOutput] = []
-    routed, dtype = 0, x_BTD.dtype
-    step = rematerialised(lambda block, x, *rest: gathered(block, dtype)(x, context, *rest), remat)
+    routed = 0
+    step = rematerialised(lambda block, x, *rest: gathered(block, context)(x, context, *rest), remat)
     for repeat in range(stack.repeats):
         for position in range(len(stack.blocks)):
             index = first + len(outputs)
@@ -222,9 +225,8 @@ def scan_stack(
 ) -> tuple[Array, list[BlockOutput]]:
     """The repeats of a stack in one `lax.scan`, so that compile time does not grow with depth."""
     routers = None if replay is None else replay.reshape(stack.repeats, -1, *replay.shape[1:])
-    dtype = x_BTD.dtype
     # Each block by itself: otherwise a backward pass has the weights and values of a whole pattern at once.
-    step = rematerialised(lambda block, x, own: gathered(block, dtype)(x, context, None, own), remat)
+    step = rematerialised(lambda block, x, own: gathered(block, context)(x, context, None, own), remat)
 
     def body(x_BTD: Array, inputs: tuple) -> tuple[Array, list[BlockOutput]]:
         blocks, own = inputs

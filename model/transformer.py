@@ -35,6 +35,7 @@ class Context:
     documents_BT: Array
     training: bool = struct.field(pytree_node=False)
     exchange: Exchange = struct.field(pytree_node=False)
+    cut_over_data: bool = struct.field(pytree_node=False, default=False)
     matmul: Matmul = struct.field(pytree_node=False, default="plain")
 
 
@@ -171,11 +172,12 @@ class Stack(nnx.Module):
         return block if self.repeats == 1 else jax.tree.map(lambda leaf: leaf[repeat], block)
 
 
-def gathered(module: Module, dtype: jnp.dtype) -> Module:
+def gathered(module: Module, context: Context) -> Module:
     """A block with whole weights in place of those that `sharding.data_parallel` has cut."""
+    dtype = context.rope[0].dtype
 
     def whole(leaf: nnx.Variable) -> nnx.Variable:
-        return leaf.replace(gather(leaf[...], leaf.get_metadata()["axes"], dtype))
+        return leaf.replace(gather(leaf[...], leaf.get_metadata()["axes"], dtype, context.cut_over_data))
 
     module = jax.tree.map(lambda leaf: leaf, module)
     for _, part in nnx.iter_modules(module):
@@ -207,6 +209,7 @@ class Transformer(nnx.Module):
         stacked: one array per pattern position, scanned, instead of one per layer.
         exchange: how tokens meet experts on other devices, see `sharding.expert_parallel`.
         context_exchange: how queries meet keys on other devices, see `sharding.context_parallel`.
+        cut_over_data: how weights lie while training, see `sharding.rules`.
         matmul: how weights are multiplied while training, see `model.linear`.
     """
 
@@ -220,6 +223,7 @@ class Transformer(nnx.Module):
         stacked: bool = False,
         exchange: Exchange = "auto",
         context_exchange: ContextExchange = "ring",
+        cut_over_data: bool = False,
         matmul: Matmul = "plain",
     ):
         check_installed(matmul)
@@ -241,6 +245,7 @@ class Transformer(nnx.Module):
         self.stacked = stacked
         self.exchange: Exchange = exchange
         self.context_exchange: ContextExchange = context_exchange
+        self.cut_over_data = cut_over_data
         self.matmul: Matmul = matmul
 
     def head(self) -> Float[Array, "D V"]:

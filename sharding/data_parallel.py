@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from sharding.mesh import TOKEN_AXES, platform
-from sharding.rules import TOKENS, TRAIN, is_even, names_of, spec, without
+from sharding.rules import TOKENS, is_even, names_of, spec, weights_table, without
 
 GATHERED = "gathered"
 """Name of gathered weights, for `keep_all_but_gathered`."""
@@ -39,17 +39,19 @@ def on_own_tokens(
     weights: list[jax.Array],
     axes: Sequence[tuple[str | None, ...]],
     tokens: Any,
+    cut_over_data: bool = False,
 ) -> tuple[Any, Any]:
     """`function(weights, tokens)` on each device's part of `tokens`.
 
     Args:
         function: gives arrays `[B, T, ...]`, and sums over tokens, which are added over the devices.
-        weights: as TRAIN lays them out; `function` gathers them with `gather`.
+        weights: cut as `weights_table` says; `function` gathers them with `gather`.
         axes: the logical axes of each; one more dimension in front is of layers.
         tokens: any tree of `[B, T, ...]` arrays.
     """
+    table = weights_table(cut_over_data)
     cut = [
-        without(spec(("layers",) * (leaf.ndim - len(own)) + tuple(own), TRAIN), ["tensor"])
+        without(spec(("layers",) * (leaf.ndim - len(own)) + tuple(own), table), ["tensor"])
         for leaf, own in zip(weights, axes, strict=True)
     ]
 
@@ -67,10 +69,10 @@ def on_own_tokens(
     return arrays, jax.tree.map(lambda a: a.sum(0), sums)
 
 
-def gather(leaf: jax.Array, axes: tuple[str | None, ...], dtype: jnp.dtype) -> jax.Array:
+def gather(leaf: jax.Array, axes: tuple[str | None, ...], dtype: jnp.dtype, cut_over_data: bool = False) -> jax.Array:
     """A weight whole along what is cut over `fsdp`, in `dtype`; itself if nothing is, or outside `on_own_tokens`."""
     mesh = jax.sharding.get_abstract_mesh()
-    cut = [names_of(entry) for entry in spec(axes, TRAIN)]
+    cut = [names_of(entry) for entry in spec(axes, weights_table(cut_over_data))]
     dimension = next((i for i, names in enumerate(cut) if "fsdp" in names), None)
     if "fsdp" not in mesh.manual_axes or dimension is None:
         return leaf
@@ -86,12 +88,17 @@ def gather(leaf: jax.Array, axes: tuple[str | None, ...], dtype: jnp.dtype) -> j
 def _gather(leaf: jax.Array, dimension: int, over: tuple[str, ...]) -> jax.Array:
     """The shards along these mesh axes, one after the other in `dimension`.
 
-    What is cut along its first or its last dimension travels as a matrix whose rows are cut. Products want a matrix
-    too: so what they get need not be moved about in memory, as several dimensions in tiles of registers would be.
+    First those along `data`, if it is among them: then little travels between slices. What is cut along its first or
+    its last dimension travels as a matrix whose rows are cut. Products want a matrix too: so what they get need not be
+    moved about in memory, as several dimensions in tiles of registers would be.
     """
-    if 0 < dimension < leaf.ndim - 1:
-        return jax.lax.all_gather(leaf, over, axis=dimension, tiled=True)
-    whole = jax.lax.all_gather(_rows(leaf, dimension), over, tiled=True)
+    inner = 0 < dimension < leaf.ndim - 1
+    whole = leaf if inner else _rows(leaf, dimension)
+    near = tuple(axis for axis in over if axis != "data")
+    for axes in (over[len(near) :], near):
+        whole = jax.lax.all_gather(whole, axes, axis=dimension if inner else 0, tiled=True) if axes else whole
+    if inner:
+        return whole
     return _unrows(whole, leaf.shape, dimension)
 
 
@@ -115,6 +122,9 @@ def _scatter(dimension: int, over: tuple[str, ...], _: None, d_leaf: jax.Array) 
     part = d_leaf if inner else _rows(d_leaf, dimension)
     for axis in over:
         part = jax.lax.psum_scatter(part, axis, scatter_dimension=dimension if inner else 0, tiled=True)
+    if "data" in over and platform() == "tpu":
+        # The compiler for v6e (libtpu 0.0.52) fails at joining what comes from other slices with its new form.
+        part = jax.lax.optimization_barrier(part)
     return (part if inner else _unrows(part, d_leaf.shape, dimension),)
 
 
@@ -123,5 +133,5 @@ _gather.defvjp(lambda leaf, dimension, over: (_gather(leaf, dimension, over), No
 
 def keep_all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
     """A policy of `jax.checkpoint`: a backward pass gathers weights again rather than keep all of them."""
-    gathers = primitive.name == "all_gather" and "fsdp" in names_of(params["axis_name"])
+    gathers = primitive.name == "all_gather" and {"data", "fsdp"} & set(names_of(params["axis_name"]))
     return not gathers and params.get("name") != GATHERED

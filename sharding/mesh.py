@@ -46,6 +46,9 @@ class MeshConfig:
     it."""
     context_exchange: ContextExchange = "ring"
     """How queries meet keys on other devices: these go around a ring, or are gathered."""
+    cut_over_data: bool = False
+    """Cut weights over `data` too, not only while they rest (ZeRO-3): those of each layer travel between slices three
+    times in a step, and no device has more than its part of them."""
 
     def __post_init__(self) -> None:
         for axis, size in self.sizes.items():

@@ -30,14 +30,18 @@ TRAIN: Table = {
 """Weights while training: cut over fsdp too, and over expert where no expert has it, and gathered layer by layer
 as they are used. `columns` are those of the embedding and the head."""
 
-OPTIMIZER: Table = {
-    **TRAIN,
-    "embed": ("fsdp", "expert", "data"),
+ALONG_DATA: Table = {**TRAIN, "embed": ("fsdp", "expert", "data"), "router": ("fsdp", "data")}
+"""TRAIN with `mesh.cut_over_data`. `data` comes last, and is gathered first: little travels between slices."""
+
+AT_REST: Table = {
+    **ALONG_DATA,
+    "layers": "data",
     "columns": ("fsdp", "data"),
-    "router": ("fsdp", "data"),
 }
-"""Moments while training, and the gradients that they take: copies of a weight along `data` each update a part of it
-(ZeRO stage 1, arXiv 1910.02054, section 5.1). `data` comes last: a part is cut out of what a device holds anyway."""
+"""Weights between steps, their moments, and the gradients that these take: of what a step has once for each place
+along `data`, each updates a part (ZeRO stage 1, arXiv 1910.02054, section 5.1). Of stacked layers that is some of the
+layers, which stand together in memory; else `data` comes last, so that it is cut out of what a device holds within the
+step."""
 
 DECODE: Table = {**TRAIN, "embed": None, "columns": None, "router": None}
 """Weights while decoding: nothing is gathered, so each token reads only what its device holds."""
@@ -59,6 +63,11 @@ ACTIVATIONS: Table = {
 
 TOKENS = P(BATCH_AXES, "context")
 """How a `[B, T, ...]` array of a batch is cut."""
+
+
+def weights_table(cut_over_data: bool) -> Table:
+    """How weights lie within a step of training, see `MeshConfig.cut_over_data`."""
+    return ALONG_DATA if cut_over_data else TRAIN
 
 
 def spec(axes: Sequence[str | None], table: Table) -> P:
@@ -143,25 +152,35 @@ def array_sharding(
     return NamedSharding(mesh, spec(("layers",) * (ndim - len(axes)) + tuple(axes), table))
 
 
-def moment_sharding(
-    axes: Sequence[str | None], shape: Sequence[int], mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+def resting_sharding(
+    axes: Sequence[str | None],
+    shape: Sequence[int],
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    within: Table,
 ) -> NamedSharding:
-    """How the moments of a weight lie on `mesh`: by OPTIMIZER where its dimensions divide, else as the weight does."""
-    wanted = array_sharding(axes, len(shape), mesh, OPTIMIZER)
-    return wanted if is_even(shape, wanted.spec, mesh) else array_sharding(axes, len(shape), mesh, TRAIN)
+    """How a weight and its moments lie on `mesh` between steps: by AT_REST where it divides, else as within a step.
+
+    Args:
+        within: how it lies within a step; where that is along `data` already, it stays so.
+    """
+    for table in ({**AT_REST, "layers": "data" if within is TRAIN else None}, {**AT_REST, "layers": None}):
+        wanted = array_sharding(axes, len(shape), mesh, table)
+        if is_even(shape, wanted.spec, mesh):
+            return wanted
+    return array_sharding(axes, len(shape), mesh, within)
 
 
 def constrain_weights(
-    arrays: Mapping[str, jax.Array], axes: Mapping[str, Sequence[str | None]], *, moments: bool
+    arrays: Mapping[str, jax.Array], axes: Mapping[str, Sequence[str | None]], within: Table, *, at_rest: bool
 ) -> dict[str, jax.Array]:
-    """Arrays shaped like weights, by path, laid out on the mesh in force like the weights or like their moments."""
+    """Arrays shaped like weights, by path, laid out on the mesh in force as `within` a step, or as between steps."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return dict(arrays)
 
     def lay(name: str, x: jax.Array) -> jax.Array:
         own = axes[name]
-        found = moment_sharding(own, x.shape, mesh) if moments else array_sharding(own, x.ndim, mesh, TRAIN)
+        found = resting_sharding(own, x.shape, mesh, within) if at_rest else array_sharding(own, x.ndim, mesh, within)
         return jax.lax.with_sharding_constraint(x, found)
 
     return {name: lay(name, x) for name, x in arrays.items()}

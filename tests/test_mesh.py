@@ -48,6 +48,10 @@ ALL = [
     for t in (1, 2)
     if 8 % (d * f * e * t) == 0
     for exchange in (("auto",) if kind in ("dense", "windowed") else ("ring", "all_to_all"))
+] + [
+    (kind, MeshConfig(2, f, e, t, 4 // (f * e * t), cut_over_data=True))
+    for kind in MODELS
+    for f, e, t in ((4, 1, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2), (2, 1, 1))
 ]
 # Each pair of axes together at least once; every factorisation of 8 under `--full`.
 COVER = [
@@ -58,6 +62,7 @@ COVER = [
     ("moe", MeshConfig(8, 1, 1, 1)),
     ("moe stacked", MeshConfig(2, 2, 1, 2, exchange="gspmd")),
     ("moe stacked", MeshConfig(1, 2, 2, 2)),
+    ("moe stacked", MeshConfig(2, 2, 2, cut_over_data=True)),
     ("latent", MeshConfig(2, 1, 2, 2)),
     ("latent", MeshConfig(1, 2, 1, 2, 2)),
     ("moe stacked", MeshConfig(2, 1, 2, 1, 2, exchange="all_to_all")),

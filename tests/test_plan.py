@@ -82,6 +82,21 @@ ENTRY %main (b: f32[8,4]) -> f32[2,4] {
     assert (found.kind, found.axes, found.bytes) == ("reduce-scatter", ("data",), 8 * 4 * 4)
 
 
+def test_what_hosts_send_to_other_slices_is_a_collective_along_data() -> None:
+    """The compiler writes the two ends of a transfer for each shard; a gather ends with those of all slices."""
+    target = 'frontend_attributes={_xla_megascale_target="{1,2}x{0:255}",_xla_megascale_transfer_type='
+    program = f"""
+ENTRY %main (b: f32[8,4]) -> f32[8,4] {{
+  %s = (bf16[16,2]{{1,0}}, u32[]{{:S(2)}}, token[]) send(%x, %t), is_host_transfer=true, {target}"ALL_GATHER"}}
+  %r = (f32[8,4]{{1,0}}, u32[]{{:S(2)}}, token[]) send(%y, %t), is_host_transfer=true, {target}"REDUCE_SCATTER"}}
+}}
+"""
+    gather, scatter = sorted(read_program(program, {"data": 2, "fsdp": 256}).collectives, key=lambda one: one.kind)
+    assert (gather.kind, gather.axes, gather.devices, gather.bytes) == ("all-gather", ("data",), 2, 2 * 16 * 2 * 2)
+    assert (scatter.kind, scatter.axes, scatter.devices, scatter.bytes) == ("reduce-scatter", ("data",), 2, 8 * 4 * 4)
+    assert gather.asynchronous and scatter.asynchronous
+
+
 def test_a_program_is_made_for_the_devices_of_its_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
     with jax.set_mesh(make_mesh(MeshConfig(data=2))):
         assert platform() == "cpu"

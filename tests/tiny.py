@@ -77,8 +77,7 @@ class Trainer:
         if state is None:
             self.state = create_state(run, self.skeleton, self.optimizer, mesh)
         else:
-            over_data = run.optimizer.shard_over_data
-            self.state = jax.device_put(state, state_shardings(state, self.skeleton, mesh, over_data=over_data))
+            self.state = jax.device_put(state, state_shardings(state, self.skeleton, mesh, run))
         self.step = jax.jit(make_train_step(run, self.skeleton, self.loss, self.optimizer))
 
     def loss(self, model: Any, rows: Any, sums: Any, before: Any) -> Any:

@@ -12,6 +12,9 @@ import numpy as np
 
 from sharding.expert_parallel import OVERFLOW
 
+BETWEEN_SLICES = ("data",)
+"""The axis that slices lie along: what goes to others is sent by their hosts, and not along an axis of one slice."""
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4}
 UNKNOWN_CYCLES = 1 << 40
@@ -32,6 +35,9 @@ ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 OWN_MESH = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
 )
+BETWEEN = re.compile(r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"')
+"""In the attributes of a `send` to other slices: which, and what kind of collective it is a part of."""
+
 CALLED = re.compile(r"\b(body|calls|called_computations|branch_computations)=\{?((?:%?[\w.\-]+(?:, ?)?)+)\}?")
 
 
@@ -101,17 +107,11 @@ def read_program(text: str, mesh_shape: Mapping[str, int], overflow: int = 0) ->
             match = INSTRUCTION.match(line)
             if not match:
                 continue
-            kind = match[3].removesuffix("-start")
-            if kind in KINDS:
-                axes, devices = _groups(line, mesh_shape)
-                if devices == 1:
-                    continue
-                later = match[3].endswith("-start") or "async" in name
-                # A TPU's reduce-scatter may be written as a fusion of this name: an all-reduce whose result is cut.
-                told = "reduce-scatter" if name.startswith(SCATTERING) else kind
-                entry_of = found[told, axes, devices, later]
+            one = _collective(line, match, name, mesh_shape)
+            if one:
+                entry_of = found[one[0]]
                 entry_of[0] += often
-                entry_of[1] += often * _bytes(match[2], kind, devices, match[3].endswith("-start"))
+                entry_of[1] += often * one[1]
                 entry_of[2] = max(entry_of[2], often)
             elif match[3] == "custom-call" and 'custom_call_target="tpu_custom_call"' in line:
                 kernels.append(_kernel(match, line, often))
@@ -130,6 +130,28 @@ def read_program(text: str, mesh_shape: Mapping[str, int], overflow: int = 0) ->
     )
     ordered = tuple(sorted(collectives, key=lambda one: -one.bytes))
     return Program(ordered, cycles, tuple(kernels), unstated_bytes)
+
+
+def _collective(
+    line: str, match: re.Match[str], computation: str, mesh_shape: Mapping[str, int]
+) -> tuple[tuple[str, tuple[str, ...], int, bool], int] | None:
+    """What kind of collective an instruction is, over which axes, of how many devices, whether asynchronous; and its
+    bytes. None if it is no collective."""
+    between = BETWEEN.search(line) if match[3] == "send" else None
+    if between:
+        kind, slices = between[2].lower().replace("_", "-"), len(between[1].split(","))
+        size = _sizes(match[2])[0] * (slices if kind == "all-gather" else 1)
+        return (kind, BETWEEN_SLICES, slices, True), size
+    kind, start = match[3].removesuffix("-start"), match[3].endswith("-start")
+    if kind not in KINDS:
+        return None
+    axes, devices = _groups(line, mesh_shape)
+    if devices == 1:
+        return None
+    # A TPU's reduce-scatter may be written as a fusion of this name: an all-reduce whose result is cut.
+    told = "reduce-scatter" if computation.startswith(SCATTERING) else kind
+    later = start or "async" in computation
+    return (told, axes, devices, later), _bytes(match[2], kind, devices, start)
 
 
 def _kernel(match: re.Match[str], line: str, often: int) -> Kernel:

@@ -164,7 +164,7 @@ class Job:
 
     def compiled_validation(self) -> Callable[..., jax.Array]:
         """The validation step, compiled at its first call."""
-        step = make_validation_step(self.skeleton, self.loss)
+        step = make_validation_step(self.run, self.skeleton, self.loss)
         return jax.jit(step, out_shardings=NamedSharding(self.mesh, P()))
 
     def restore(self, step: int) -> TrainState:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from configs.run import Run
 from model.transformer import Transformer
 from model.tree import Arrays, Skeleton
-from sharding.rules import TRAIN, array_sharding, moment_sharding
+from sharding.rules import array_sharding, resting_sharding, weights_table
 from sharding.runtime import default_dtype
 from train.optimizer import is_matrix
 
@@ -60,6 +60,7 @@ def build_model(run: Run, key: Array) -> Transformer:
         stacked=is_stacked(run),
         exchange=run.mesh.exchange,
         context_exchange=run.mesh.context_exchange,
+        cut_over_data=run.mesh.cut_over_data,
         matmul=run.matmul,
     )
 
@@ -69,8 +70,8 @@ def make_skeleton(run: Run) -> Skeleton:
     return Skeleton(jax.eval_shape(lambda: build_model(run, jax.random.key(run.seed))))
 
 
-def parameter_dtypes(run: Run, skeleton: Skeleton) -> dict[str, jnp.dtype]:
-    """What each weight is stored in: matrices as `parameter_dtype` says, all else in float32.
+def parameter_dtypes(skeleton: Skeleton, dtype: Any) -> dict[str, jnp.dtype]:
+    """The type of each weight where matrices are of `dtype`: all else is in float32.
 
     Else are vectors (norms, biases, those of each expert too) and the router, whose close scores decide where tokens
     go: few numbers, and the most sensitive ones.
@@ -81,14 +82,14 @@ def parameter_dtypes(run: Run, skeleton: Skeleton) -> dict[str, jnp.dtype]:
         return is_matrix(own) and "router" not in own
 
     axes = skeleton.axes
-    stored = jnp.dtype(run.parameter_dtype)
+    stored = jnp.dtype(dtype)
     return {name: stored if coarse(axes[name]) else jnp.dtype("float32") for name in skeleton.weights}
 
 
 def initial_state(run: Run, skeleton: Skeleton, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step; call it under `jax.jit` or `jax.eval_shape`."""
     params, extra = skeleton.split(build_model(run, jax.random.key(run.seed)))
-    dtypes = parameter_dtypes(run, skeleton)
+    dtypes = parameter_dtypes(skeleton, run.parameter_dtype)
     # One buffer per counter: the state is donated, and a buffer can be given away only once.
     return TrainState(
         {name: array.astype(dtypes[name]) for name, array in params.items()},
@@ -116,22 +117,17 @@ def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def state_shardings(
-    state: TrainState, skeleton: Skeleton, mesh: jax.sharding.Mesh, *, over_data: bool = True
-) -> TrainState:
-    """A tree like `state` of shardings: weights by TRAIN, their moments alike or by OPTIMIZER, all else everywhere.
-
-    over_data: as `optimizer.shard_over_data`.
-    """
-    axes = skeleton.axes
+def state_shardings(state: TrainState, skeleton: Skeleton, mesh: jax.sharding.Mesh, run: Run) -> TrainState:
+    """A tree like `state` of shardings: weights and their moments as between steps of `run`; all else everywhere."""
+    axes, within = skeleton.axes, weights_table(run.mesh.cut_over_data)
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = next((part for part in (_part(key) for key in reversed(path)) if part in axes), None)
         if name is None or leaf.ndim < len(axes[name]):
             return NamedSharding(mesh, P())
-        if over_data and _part(path[0]) == "opt":
-            return moment_sharding(axes[name], leaf.shape, mesh)
-        return array_sharding(axes[name], leaf.ndim, mesh, TRAIN)
+        if run.optimizer.shard_over_data:
+            return resting_sharding(axes[name], leaf.shape, mesh, within)
+        return array_sharding(axes[name], leaf.ndim, mesh, within)
 
     return jax.tree_util.tree_map_with_path(one, state)
 
@@ -145,7 +141,7 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, types and shardings of the state; allocates nothing."""
     shapes = jax.eval_shape(lambda: initial_state(run, skeleton, optimizer))
-    shardings = state_shardings(shapes, skeleton, mesh, over_data=run.optimizer.shard_over_data)
+    shardings = state_shardings(shapes, skeleton, mesh, run)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import jax
@@ -14,10 +15,11 @@ from configs.run import Run
 from model.transformer import Transformer
 from model.tree import Arrays, Skeleton
 from sharding.expert_parallel import exact
-from sharding.rules import constrain_weights
+from sharding.mesh import platform
+from sharding.rules import constrain_weights, weights_table
 from train.losses import Parts, Totals, no_parts, totals
 from train.rounding import cast, store
-from train.state import TrainState
+from train.state import TrainState, compute_dtype, parameter_dtypes
 
 Metrics = dict[str, Array]
 Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]
@@ -39,15 +41,16 @@ class Loss(Protocol):
 
 def make_train_step(run: Run, skeleton: Skeleton, loss: Loss, optimizer: optax.GradientTransformation) -> Step:
     """The step of `run`; to be compiled once, with the state donated."""
-    axes = skeleton.axes
+    axes, within = skeleton.axes, weights_table(run.mesh.cut_over_data)
 
     def own_part(arrays: Arrays) -> Arrays:
         """What of the weights or gradients this device updates, where copies along `data` share that."""
-        return constrain_weights(arrays, axes, moments=True) if run.optimizer.shard_over_data else arrays
+        return constrain_weights(arrays, axes, within, at_rest=True) if run.optimizer.shard_over_data else arrays
 
     def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
+        start = replace(state, params=working(run, skeleton, state.params))
         gradients, parts = accumulate(
-            run.accumulate, skeleton, loss, state, batch, dtype=run.accumulate_dtype, own_part=own_part
+            run.accumulate, skeleton, loss, start, batch, dtype=run.accumulate_dtype, own_part=own_part
         )
         with jax.named_scope("optimizer"):
             gradients = cast(gradients, "float32")
@@ -55,19 +58,14 @@ def make_train_step(run: Run, skeleton: Skeleton, loss: Loss, optimizer: optax.G
             good = jnp.isfinite(norm) & jnp.isfinite(parts.loss)
             if run.spike_factor:
                 good &= (state.step < GUARD_AFTER) | (norm <= run.spike_factor * state.norm_mean)
-            old = own_part(state.params)
-            weights = cast(old, "float32")
+            weights = cast(state.params, "float32")
             updates, opt = optimizer.update(gradients, state.opt, weights)
-            params = store(jax.tree.map(jnp.add, weights, updates), old, run.seed, state.step)
+            params = store(jax.tree.map(jnp.add, weights, updates), state.params, run.seed, state.step)
 
         def if_good(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
 
-        params = if_good(params, old)
-        parameter_norm = optax.tree.norm(cast(params, "float32"))
-        if run.optimizer.shard_over_data:
-            # Rounded and chosen on the parts, so that what is gathered is whole weights in their stored type.
-            params = constrain_weights(own_part(params), axes, moments=False)
+        params = if_good(params, state.params)
         counts_LE = parts.counts_LE
         extra = update_bias(state.extra, counts_LE, run, skeleton)
         mean = jnp.where(state.step == 0, norm, NORM_MEMORY * state.norm_mean + (1 - NORM_MEMORY) * norm)
@@ -86,7 +84,7 @@ def make_train_step(run: Run, skeleton: Skeleton, loss: Loss, optimizer: optax.G
             "tokens": jnp.sum(batch["segments"] > 0),
             "z_loss": parts.z_loss,
             "gradient_norm": norm,
-            "parameter_norm": parameter_norm,
+            "parameter_norm": optax.tree.norm(cast(params, "float32")),
             "update_norm": optax.tree.norm(updates),
             "skipped": skipped,
             "bad_steps": new.bad_steps,
@@ -102,6 +100,24 @@ def make_train_step(run: Run, skeleton: Skeleton, loss: Loss, optimizer: optax.G
         return new, metrics
 
     return step
+
+
+def working(run: Run, skeleton: Skeleton, params: Arrays) -> Arrays:
+    """The weights that a step multiplies with: where they rest cut over `data`, whole along it.
+
+    They are gathered in the type of the activations, half of the bytes between slices; and so their gradients, which
+    go back the same way, are of that type.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not run.optimizer.shard_over_data or mesh.empty or mesh.shape["data"] == 1:
+        return params
+    # On a CPU gradients would be summed over devices in bfloat16, of which its compiler dies.
+    coarse = parameter_dtypes(skeleton, "float32" if platform() == "cpu" else compute_dtype(run))
+    smaller = {name: x.astype(min(x.dtype, coarse[name], key=lambda d: d.itemsize)) for name, x in params.items()}
+    # Behind the barrier, or what is gathered is cast afterwards.
+    within = weights_table(run.mesh.cut_over_data)
+    smaller = jax.lax.optimization_barrier(constrain_weights(smaller, skeleton.axes, within, at_rest=True))
+    return constrain_weights(smaller, skeleton.axes, within, at_rest=False)
 
 
 def accumulate(
@@ -163,11 +179,11 @@ def update_bias(extra: Arrays, counts_LE: Array, run: Run, skeleton: Skeleton) -
     return {**extra, **moved}
 
 
-def make_validation_step(skeleton: Skeleton, loss: Loss) -> Callable[[TrainState, dict[str, Array]], Array]:
+def make_validation_step(run: Run, skeleton: Skeleton, loss: Loss) -> Callable[[TrainState, dict[str, Array]], Array]:
     """`(state, batch) -> [sum of weighted losses in nats, sum of weights]`."""
 
     def step(state: TrainState, batch: dict[str, Array]) -> Array:
-        model = skeleton.merge(state.params, state.extra)
+        model = skeleton.merge(working(run, skeleton, state.params), state.extra)
         model.matmul, model.exchange = "plain", exact(model.exchange)  # as the model is used
         sums = totals(batch)
         _, parts = loss(model, batch, sums, no_parts(model))
