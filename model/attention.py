@@ -225,6 +225,36 @@ def by_kernel(
     )
 
 
+def attend_to_pages(
+    q_BTNH: Array,
+    stored: tuple[Array, ...],
+    paging: kv.Paging,
+    mask: Mask,
+    scale: float,
+    window: int | None,
+    sinks_N: Array | None,
+) -> Float[Array, "B T N H"]:
+    """Attention of each row's queries to its pages: by a kernel that reads them where they lie, or to a copy."""
+    if len(stored) == 2:
+        k_BKSH, v_BKSH = (kv.read(pages, paging, "kv_heads") for pages in stored)
+    else:
+        from model.kernels import paged  # a second of imports, which only TPUs need
+
+        if sinks_N is None and paged.fits(q_BTNH.shape[-1]):
+            heads = ("batch", "length", "heads", "head_dim")
+            out_BTNH = on_own_parts(
+                lambda q, pages, lengths, table: paged.attend(q, pages, lengths, table, scale, window),
+                (q_BTNH, stored[0], paging.lengths_B, paging.table_BX),
+                (heads, kv.PAIRS, ("batch",), kv.TABLE),
+                heads,
+            )
+            if out_BTNH is not None:
+                return out_BTNH
+        k_BKSH, v_BKSH = kv.read_pairs(stored[0], paging)
+    k_BKSH, v_BKSH = k_BKSH.astype(q_BTNH.dtype), v_BKSH.astype(q_BTNH.dtype)
+    return attend_in_blocks(q_BTNH, k_BKSH, v_BKSH, mask, scale, window, sinks_N)
+
+
 class Attention(nnx.Module):
     """Projections, rotary positions, attention, and the way back into the residual stream."""
 
@@ -278,30 +308,23 @@ class Attention(nnx.Module):
         rope: tuple[Array, Array],
         mask: Mask,
         stored: tuple[Array, ...] | None = None,
-        write_BT: Int[Array, "B T"] | None = None,
+        paging: kv.Paging | None = None,
         matmul: Matmul = "plain",
     ) -> tuple[Float[Array, "B T D"], tuple[Array, ...] | None]:
         """Attention over the batch itself or, with `stored` keys and values, over those and the batch.
 
-        Returns the output and, with `stored`, the arrays that now hold this batch too, at positions `write`.
+        Returns the output and, with `stored` pages, those that now hold this batch too, as `paging` says.
         """
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, *rope, matmul)
-        if stored is not None and write_BT is not None:
-            stored = (kv.write(stored[0], k_BTKH, write_BT), kv.write(stored[1], v_BTKH, write_BT))
-        if stored is None or mask.within_batch:
-            k_BKSH, v_BKSH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
-        else:
-            k_BKSH, v_BKSH = stored
+        sinks_N = None if self.sinks_N is None else self.sinks_N[...]
+        if stored is not None and paging is not None:
+            stored = kv.write(stored, (k_BTKH, v_BTKH), paging)
         with jax.named_scope("attend"):
-            out_BTNH = attend_in_blocks(
-                q_BTNH,
-                k_BKSH.astype(q_BTNH.dtype),
-                v_BKSH.astype(q_BTNH.dtype),
-                mask,
-                self.scale,
-                self.window,
-                None if self.sinks_N is None else self.sinks_N[...],
-            )
+            if stored is None or paging is None or mask.within_batch:
+                k_BKSH, v_BKSH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
+                out_BTNH = attend_in_blocks(q_BTNH, k_BKSH, v_BKSH, mask, self.scale, self.window, sinks_N)
+            else:
+                out_BTNH = attend_to_pages(q_BTNH, stored, paging, mask, self.scale, self.window, sinks_N)
         if self.gate_DNH is not None:
             out_BTNH = out_BTNH * jax.nn.sigmoid(linear(x_BTD, self.gate_DNH[...], matmul))
         out_BTNH = constrain(out_BTNH, "batch", "length", "heads", "head_dim")

@@ -12,7 +12,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 from model.attention import Mask
-from model.cache import Cache, write_positions
+from model.cache import Cache, Paging, write_positions
 from model.layers import rope_tables
 from model.moe import RouterStats
 from model.transformer import (
@@ -123,8 +123,11 @@ def predict_further(
 def make_context(model: Transformer, batch: Batch, cache: Cache | None) -> Context:
     """What all blocks share of a batch: rotary tables, who sees whom, what is padding, where documents begin."""
     valid_BT = batch.segments_BT > 0
-    write_BT = None if cache is None else write_positions(cache.lengths_B, batch.segments_BT, cache.capacity)
-    if write_BT is None or cache is None or cache.empty:
+    paging = None
+    if cache is not None:
+        index_BT = write_positions(cache.lengths_B, batch.segments_BT, cache.capacity)
+        paging = Paging(index_BT, cache.lengths_B, cache.table_BX, cache.page)
+    if paging is None or cache is None or cache.empty:
         length = batch.tokens_BT.shape[1]
         index_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), batch.tokens_BT.shape)
         mask = Mask(index_BT, batch.segments_BT, length, model.context_exchange)
@@ -132,7 +135,7 @@ def make_context(model: Transformer, batch: Batch, cache: Cache | None) -> Conte
         begins_BT = valid_BT & (batch.segments_BT != before_BT)
         documents_BT = jnp.cumsum(begins_BT, axis=1, dtype=jnp.int32)
     else:
-        mask = Mask(write_BT, None, cache.capacity)
+        mask = Mask(paging.index_BT, None, cache.capacity)
         documents_BT = jnp.zeros_like(batch.segments_BT)
     # Behind the barrier XLA computes sines once, and not again in every layer that rotates.
     rope = jax.lax.optimization_barrier(
@@ -141,7 +144,7 @@ def make_context(model: Transformer, batch: Batch, cache: Cache | None) -> Conte
     return Context(
         rope,
         mask,
-        write_BT,
+        paging,
         valid_BT,
         documents_BT,
         training=cache is None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from model import cache as kv
 from model.attention import Mask, attend_in_blocks
@@ -58,16 +58,16 @@ class LatentAttention(nnx.Module):
         rope: tuple[Array, Array],
         mask: Mask,
         stored: tuple[Array, ...] | None = None,
-        write_BT: Int[Array, "B T"] | None = None,
+        paging: kv.Paging | None = None,
         matmul: Matmul = "plain",
     ) -> tuple[Float[Array, "B T D"], tuple[Array, ...] | None]:
-        """As `Attention`; `stored` is one `[B, 1, S, U+P]` array of latents and shared keys."""
+        """As `Attention`; `stored` has pages of latents and shared keys."""
         q_BTNH, c_BTU, shared_BT1P = self.project(x_BTD, *rope, matmul)
         k_UNH, v_UNI = (w[...].astype(x_BTD.dtype) for w in (self.k_UNH, self.v_UNI))
-        if stored is not None and write_BT is not None:
-            stored = (kv.write(stored[0], jnp.concatenate([c_BTU[:, :, None], shared_BT1P], axis=-1), write_BT),)
+        if stored is not None and paging is not None:
+            stored = kv.write(stored, (jnp.concatenate([c_BTU[:, :, None], shared_BT1P], axis=-1),), paging)
         with jax.named_scope("attend"):
-            if stored is None or mask.within_batch:
+            if stored is None or paging is None or mask.within_batch:
                 plain_BTNH = linear(c_BTU, k_UNH, matmul)
                 shared = jnp.broadcast_to(shared_BT1P, (*plain_BTNH.shape[:3], shared_BT1P.shape[-1]))
                 k_BTNH = jnp.concatenate([plain_BTNH, shared], axis=-1)
@@ -75,7 +75,7 @@ class LatentAttention(nnx.Module):
                 k_BNTH, v_BNTI = k_BTNH.transpose(0, 2, 1, 3), v_BTNI.transpose(0, 2, 1, 3)
                 out_BTNI = attend_in_blocks(q_BTNH, k_BNTH, v_BNTI, mask, self.scale, self.window)
             else:
-                k_B1SU = stored[0].astype(x_BTD.dtype)
+                k_B1SU = kv.read(stored[0], paging, None).astype(x_BTD.dtype)
                 carried = jnp.einsum("btnh,unh->btnu", q_BTNH[..., : self.plain], k_UNH)
                 q_BTNU = jnp.concatenate([carried, q_BTNH[..., self.plain :]], axis=-1)
                 v_B1SU = k_B1SU[..., : self.rank]

@@ -10,6 +10,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Float
 
 from model.attention import Attention, Mask
+from model.cache import Paging
 from model.config import ModelConfig
 from model.latent_attention import LatentAttention
 from model.layers import FeedForward, Keys, RMSNorm, weight
@@ -30,7 +31,7 @@ class Context:
 
     rope: tuple[Array, Array]
     mask: Mask
-    write_BT: Array | None
+    paging: Paging | None
     valid_BT: Array
     documents_BT: Array
     training: bool = struct.field(pytree_node=False)
@@ -75,7 +76,7 @@ class Block(nnx.Module):
         if isinstance(self.attention, GatedDeltaNet):
             attended, stored = self.attention(normed, context.valid_BT, context.documents_BT, stored, matmul)
         else:
-            attended, stored = self.attention(normed, context.rope, context.mask, stored, context.write_BT, matmul)
+            attended, stored = self.attention(normed, context.rope, context.mask, stored, context.paging, matmul)
         x_BTD = constrain(x_BTD + attended, "batch", "length", "embed")
         normed = self.feed_forward_norm(x_BTD)
         if isinstance(self.feed_forward, MoE):

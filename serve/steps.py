@@ -102,7 +102,12 @@ def lay_out(config: ModelConfig, state: State) -> State:
         for layer, arrays in enumerate(cache.layers)
     )
     return State(
-        replace(cache, layers=layers, lengths_B=constrain(cache.lengths_B, "batch")),
+        replace(
+            cache,
+            layers=layers,
+            lengths_B=constrain(cache.lengths_B, "batch"),
+            table_BX=constrain(cache.table_BX, "batch", None),
+        ),
         *(constrain(array, "batch") for array in (state.last_B, state.step_B, state.live_B)),
     )
 

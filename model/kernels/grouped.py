@@ -5,10 +5,10 @@ The compilers of jax 0.10 multiply all rows with all groups instead.
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jaxtyping import Array, Float, Int
+
+from model.kernels import exact_products
 
 ROWS = (512, 256, 128, 64, 32, 16)
 """Rows that the kernel takes at a time: the first that divides them."""
@@ -33,6 +33,5 @@ def sums_by_group(
     """
     rows = next(size for size in ROWS if len(x_SX) % size == 0)
     tiles = (rows, min(x_SX.shape[1], COLUMNS), min(y_SY.shape[1], COLUMNS))
-    # Products of bfloat16 are exact as they are; the kernel refuses to be asked for more.
-    with jax.default_matmul_precision("default" if x_SX.dtype == jnp.bfloat16 else "highest"):
+    with exact_products(x_SX.dtype):
         return tgmm(x_SX.T, y_SY, sizes_G.astype("int32"), x_SX.dtype, tiles, interpret=interpret)

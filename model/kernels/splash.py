@@ -15,6 +15,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float, Int
 
+from model.kernels import exact_products
+
 LANES = 128
 """Widths and lengths of the kernel's blocks are multiples of this."""
 
@@ -82,20 +84,15 @@ def as_they_come(function: Callable[..., Array], *args: Array | None) -> Array:
     return _forward(function, *args)[0]
 
 
-def _precision(args: tuple[Array | None, ...]) -> Any:
-    first = args[0]
-    return jax.default_matmul_precision("default" if first is not None and first.dtype == jnp.bfloat16 else "highest")
-
-
-def _forward(function: Callable[..., Array], *args: Array | None) -> tuple[Array, Any]:
-    with _precision(args):
-        out, pull = jax.vjp(function, *args)
-    return out, (pull, args[0])
+def _forward(function: Callable[..., Array], q: Array, *args: Array | None) -> tuple[Array, Any]:
+    with exact_products(q.dtype):
+        out, pull = jax.vjp(function, q, *args)
+    return out, (pull, q)
 
 
 def _backward(function: Callable[..., Array], saved: Any, d_out: Array) -> tuple[Any, ...]:
     pull, first = saved
-    with _precision((first,)):
+    with exact_products(first.dtype):
         return pull(d_out)
 
 
