@@ -260,11 +260,14 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: int, keys: Keys):
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        self.q_DNH = weight(keys, (D, N, H), ("embed", "heads", "head_dim"), D)
-        self.k_DKH = weight(keys, (D, K, H), ("embed", "kv_heads", "head_dim"), D)
-        self.v_DKH = weight(keys, (D, K, H), ("embed", "kv_heads", "head_dim"), D)
-        self.o_NHD = weight(keys, (N, H, D), ("heads", "head_dim", "embed"), N * H, residual_layers=config.num_layers)
-        self.gate_DNH = weight(keys, (D, N, H), ("embed", "heads", "head_dim"), D) if config.attention_gate else None
+        self.q_DNH = weight(keys, (D, N, H), ("embed", "heads", "head_dim"), D, sums=(0,))
+        self.k_DKH = weight(keys, (D, K, H), ("embed", "kv_heads", "head_dim"), D, sums=(0,))
+        self.v_DKH = weight(keys, (D, K, H), ("embed", "kv_heads", "head_dim"), D, sums=(0,))
+        out = ("heads", "head_dim", "embed")
+        self.o_NHD = weight(keys, (N, H, D), out, N * H, residual_layers=config.num_layers, sums=(0, 1))
+        self.gate_DNH = (
+            weight(keys, (D, N, H), ("embed", "heads", "head_dim"), D, sums=(0,)) if config.attention_gate else None
+        )
         if config.qkv_bias:
             self.q_bias_NH = nnx.Param(jnp.zeros((N, H), jnp.float32), axes=("heads", "head_dim"))
             self.k_bias_KH = nnx.Param(jnp.zeros((K, H), jnp.float32), axes=("kv_heads", "head_dim"))

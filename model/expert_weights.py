@@ -54,7 +54,7 @@ def hidden_of(rows: Array, params: Experts, matmul: Matmul = "plain") -> tuple[A
 
 def down(hidden: Array, params: Experts, matmul: Matmul = "plain") -> Array:
     """The last product, `[..., rows, D]`, of hidden rows `[..., rows, F]`; without the bias."""
-    return on_own_weight(hidden, jnp.swapaxes(params.down_EDF, -1, -2), matmul)
+    return on_own_weight(hidden, params.down_EDF.mT, matmul)
 
 
 def on_own_rows(

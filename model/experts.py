@@ -59,7 +59,8 @@ def run_experts(
 
 def ring_rows(pairs: int, shards: int) -> int:
     """Rows that are computed first of so many pairs, of which about one in `shards` is for these experts."""
-    return pairs if shards == 1 else min(buffer_rows(pairs / shards, 512), pairs)
+    even = pairs / shards
+    return pairs if shards == 1 else min(buffer_rows(even, 512 if even > 512 else 128), pairs)
 
 
 def on_received_rows(

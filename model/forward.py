@@ -14,7 +14,9 @@ from jaxtyping import Array, Float, Int
 from model.attention import Mask
 from model.cache import Cache, Paging, write_positions
 from model.layers import rope_tables
+from model.linear import in_float32
 from model.moe import RouterStats
+from model.quantization import Quantized
 from model.transformer import (
     BlockOutput,
     Context,
@@ -95,7 +97,12 @@ def forward(model: Transformer, batch: Batch, cache: Cache | None = None, *, rep
 def embed(model: Transformer, tokens_BT: Array) -> Float[Array, "B T D"]:
     """The rows of the embedding for these tokens, in the model's type."""
     with jax.named_scope("embed"):
-        x_BTD = look_up(model.embedding_VD[...], tokens_BT, model.dtype)
+        table = model.embedding_VD[...]
+        if isinstance(table, Quantized):
+            x_BTD = look_up(table.values, tokens_BT, model.dtype)
+            x_BTD *= jnp.take(table.scale, tokens_BT, axis=0).astype(model.dtype)
+        else:
+            x_BTD = look_up(table, tokens_BT, model.dtype)
         return constrain(x_BTD, "batch", "length", "embed")
 
 
@@ -252,5 +259,4 @@ def scan_stack(
 
 def unembed(model: Transformer, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Logits, float32. Call it on few positions, or on chunks: nobody keeps `[B, T, V]`."""
-    head_DV = model.head().astype(hidden.dtype)
-    return jnp.matmul(hidden, head_DV, preferred_element_type=jnp.float32)
+    return in_float32(hidden, model.head())

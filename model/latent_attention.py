@@ -27,16 +27,16 @@ class LatentAttention(nnx.Module):
         Q, U, H, P, I = latent.query_rank, latent.kv_rank, latent.nope_dim, latent.rope_dim, latent.value_dim
         heads = ("heads", "head_dim")
         if Q:
-            self.q_down_DQ = weight(keys, (D, Q), ("embed", None), D)
+            self.q_down_DQ = weight(keys, (D, Q), ("embed", None), D, sums=(0,))
             self.q_norm = RMSNorm(Q, config.norm_eps)
         else:
             self.q_down_DQ = self.q_norm = None
-        self.q_QNH = weight(keys, (Q or D, N, H + P), (None if Q else "embed", *heads), Q or D)
-        self.kv_down_DU = weight(keys, (D, U + P), ("embed", None), D)
+        self.q_QNH = weight(keys, (Q or D, N, H + P), (None if Q else "embed", *heads), Q or D, sums=(0,))
+        self.kv_down_DU = weight(keys, (D, U + P), ("embed", None), D, sums=(0,))
         self.kv_norm = RMSNorm(U, config.norm_eps)
         self.k_UNH = weight(keys, (U, N, H), (None, *heads), U)
         self.v_UNI = weight(keys, (U, N, I), (None, *heads), U)
-        self.o_NID = weight(keys, (N, I, D), (*heads, "embed"), N * I, residual_layers=config.num_layers)
+        self.o_NID = weight(keys, (N, I, D), (*heads, "embed"), N * I, residual_layers=config.num_layers, sums=(0, 1))
         self.rank, self.plain, self.scale = U, H, config.attention_scale
         self.window = config.sliding_window if config.attention_kind(layer) == "sliding" else None
 

@@ -30,16 +30,25 @@ class Keys:
 
 
 def weight(
-    keys: Keys, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int, *, residual_layers: int = 0
+    keys: Keys,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    fan_in: int,
+    *,
+    residual_layers: int = 0,
+    sums: tuple[int, ...] = (),
 ) -> nnx.Param:
     """A float32 weight drawn from a normal of variance 1/fan_in, truncated at two deviations.
 
     A weight that writes into the residual stream of a model of `residual_layers` layers is made smaller by
     sqrt(2 * layers), so that the stream's variance does not grow with depth (GPT-2).
+
+    Args:
+        sums: dimensions that products sum over, of a weight that these can take in 8 bits.
     """
     deviation = 1.0 / math.sqrt(fan_in * max(1, 2 * residual_layers))
     init = jax.nn.initializers.truncated_normal(deviation)
-    return nnx.Param(init(keys(), shape, jnp.float32), axes=axes)
+    return nnx.Param(init(keys(), shape, jnp.float32), axes=axes, sums=sums)
 
 
 class RMSNorm(nnx.Module):
@@ -112,9 +121,9 @@ class FeedForward(nnx.Module):
     """SwiGLU (arXiv 2002.05202): `down(silu(gate(x)) * up(x))`."""
 
     def __init__(self, width: int, hidden: int, layers: int, keys: Keys):
-        self.gate_DF = weight(keys, (width, hidden), ("embed", "mlp"), width)
-        self.up_DF = weight(keys, (width, hidden), ("embed", "mlp"), width)
-        self.down_FD = weight(keys, (hidden, width), ("mlp", "embed"), hidden, residual_layers=layers)
+        self.gate_DF = weight(keys, (width, hidden), ("embed", "mlp"), width, sums=(0,))
+        self.up_DF = weight(keys, (width, hidden), ("embed", "mlp"), width, sums=(0,))
+        self.down_FD = weight(keys, (hidden, width), ("mlp", "embed"), hidden, residual_layers=layers, sums=(0,))
 
     def __call__(self, x_BTD: Float[Array, "B T D"], matmul: Matmul = "plain") -> Float[Array, "B T D"]:
         gate_BTF = linear(x_BTD, self.gate_DF[...], matmul)

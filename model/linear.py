@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from errors import UserError
+from model.quantization import Quantized
 from sharding.mesh import platform
 
 Matmul = Literal["plain", "int8", "fp8"]
@@ -69,13 +70,23 @@ def ragged_config(matmul: Matmul) -> Any:
     return RaggedDotQtConfig(lhs_qtype=stored, rhs_qtype=stored, dlhs_grad_qtype=gradient, drhs_grad_qtype=gradient)
 
 
-def linear(x: Float[Array, "*B D"], weight: Float[Array, "D *N"], matmul: Matmul = "plain") -> Array:
+def in_float32(x: Float[Array, "*B D"], matrix: Float[Array, "D N"] | Quantized) -> Float[Array, "*B N"]:
+    """`x @ matrix`, summed in float32 and left so."""
+    values = matrix.values if isinstance(matrix, Quantized) else matrix
+    out = jnp.matmul(x, values.astype(x.dtype), preferred_element_type=jnp.float32)
+    return out * matrix.scale[0] if isinstance(matrix, Quantized) else out
+
+
+def linear(x: Float[Array, "*B D"], weight: Float[Array, "D *N"] | Quantized, matmul: Matmul = "plain") -> Array:
     """`[*B, *N]`: the sum over D of `x` times `weight`, in the type of `x`.
 
     Args:
         matmul: how, while training. With int8 an entry differs from the exact one by at most
             `(s sum|w| + t sum|x|) / 2 + D s t / 4`, where s and t are 2/255 of the largest |x| and |w| in the sum.
     """
+    if isinstance(weight, Quantized):
+        matrix = Quantized(*(a.reshape(len(a), -1) for a in (weight.values, weight.scale)))
+        return in_float32(x, matrix).astype(x.dtype).reshape(*x.shape[:-1], *weight.shape[1:])
     weight = weight.astype(x.dtype)
     if matmul == "plain":
         # As a matrix, see `sharding.data_parallel`.
@@ -88,18 +99,24 @@ def linear(x: Float[Array, "*B D"], weight: Float[Array, "D *N"], matmul: Matmul
 
 
 def merge_heads(
-    out_BTNI: Float[Array, "B T N I"], o_NID: Float[Array, "N I D"], matmul: Matmul = "plain"
+    out_BTNI: Float[Array, "B T N I"], o_NID: Float[Array, "N I D"] | Quantized, matmul: Matmul = "plain"
 ) -> Float[Array, "B T D"]:
     """The output projection: all heads of a token times one matrix, in the type of `out_BTNI`.
 
     A plain product: as an einsum over two dimensions XLA transposes the weight at every decode step.
     """
-    o_XD = o_NID.astype(out_BTNI.dtype).reshape(-1, o_NID.shape[-1])
+    if isinstance(o_NID, Quantized):
+        o_XD = o_NID.as_matrix()
+    else:
+        o_XD = o_NID.astype(out_BTNI.dtype).reshape(-1, o_NID.shape[-1])
     return linear(out_BTNI.reshape(*out_BTNI.shape[:2], -1), o_XD, matmul)
 
 
-def on_own_weight(rows: Float[Array, "*E M D"], weight: Float[Array, "*E D F"], matmul: Matmul) -> Array:
+def on_own_weight(rows: Float[Array, "*E M D"], weight: Float[Array, "*E D F"] | Quantized, matmul: Matmul) -> Array:
     """`[*E, M, F]`: the rows of each expert times its weight."""
+    if isinstance(weight, Quantized):
+        out = jnp.matmul(rows, weight.values.astype(rows.dtype), preferred_element_type=jnp.float32)
+        return (out * weight.scale).astype(rows.dtype)
     if matmul == "plain":
         return rows @ weight
     experts, last = tuple(range(rows.ndim - 2)), rows.ndim - 1
@@ -107,13 +124,23 @@ def on_own_weight(rows: Float[Array, "*E M D"], weight: Float[Array, "*E D F"], 
 
 
 def by_groups(
-    rows_SX: Array, weight_EDF: Float[Array, "E D F"], sizes_E: Int[Array, " E"], matmul: Matmul, *, back: bool = False
+    rows_SX: Array,
+    weight_EDF: Float[Array, "E D F"] | Quantized,
+    sizes_E: Int[Array, " E"],
+    expert_S: Int[Array, " S"],
+    matmul: Matmul,
+    *,
+    back: bool = False,
 ) -> Array:
-    """Rows, sorted by expert, times the weight of theirs; `sizes` counts the rows of each.
+    """Rows, sorted by expert, times the weight of theirs; `sizes` counts the rows of each, `expert` is that of each.
 
     From `[S, D]` to `[S, F]`, or with `back` from `[S, F]` to `[S, D]`. In 8 bits an output channel has one scale for
     all experts.
     """
+    if isinstance(weight_EDF, Quantized):
+        out = _product(rows_SX, weight_EDF.values, sizes_E, (1, 2 if back else 1), True)
+        scale_EX = weight_EDF.scale[..., 0] if back else weight_EDF.scale[:, 0]
+        return (out * jnp.take(scale_EX, expert_S, axis=0, mode="clip")).astype(rows_SX.dtype)
     if matmul == "plain":
         return out_of(rows_SX, weight_EDF, sizes_E) if back else into(rows_SX, weight_EDF, sizes_E)
     from qwix._src.core.ragged_dot_qt import ragged_dot_qt

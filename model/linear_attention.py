@@ -300,10 +300,10 @@ class GatedDeltaNet(nnx.Module):
         K, N, H, I = linear.num_key_heads, linear.num_value_heads, linear.key_dim, linear.value_dim
         W = linear.conv_kernel
         key, value = ("kv_heads", "head_dim"), ("heads", "head_dim")
-        self.q_DKH = weight(keys, (D, K, H), ("embed", *key), D)
-        self.k_DKH = weight(keys, (D, K, H), ("embed", *key), D)
-        self.v_DNI = weight(keys, (D, N, I), ("embed", *value), D)
-        self.gate_DNI = weight(keys, (D, N, I), ("embed", *value), D)
+        self.q_DKH = weight(keys, (D, K, H), ("embed", *key), D, sums=(0,))
+        self.k_DKH = weight(keys, (D, K, H), ("embed", *key), D, sums=(0,))
+        self.v_DNI = weight(keys, (D, N, I), ("embed", *value), D, sums=(0,))
+        self.gate_DNI = weight(keys, (D, N, I), ("embed", *value), D, sums=(0,))
         self.beta_DN = weight(keys, (D, N), ("embed", "heads"), D)
         self.decay_DN = weight(keys, (D, N), ("embed", "heads"), D)
         self.q_conv_WKH = weight(keys, (W, K, H), (None, *key), W)
@@ -313,7 +313,7 @@ class GatedDeltaNet(nnx.Module):
         self.log_rate_N = nnx.Param(log_rate, axes=("heads",))
         self.decay_bias_N = nnx.Param(jnp.ones(N, jnp.float32), axes=("heads",))
         self.norm = RMSNorm(I, config.norm_eps)
-        self.o_NID = weight(keys, (N, I, D), (*value, "embed"), N * I, residual_layers=config.num_layers)
+        self.o_NID = weight(keys, (N, I, D), (*value, "embed"), N * I, residual_layers=config.num_layers, sums=(0, 1))
 
     def __call__(
         self,

@@ -103,9 +103,10 @@ class MoE(nnx.Module):
         E, F = moe.num_experts, moe.intermediate_size
         self.router_DE = weight(keys, (D, E), ("router", None), D)
         self.router_bias_E = nnx.Param(jnp.zeros(E, jnp.float32), axes=(None,)) if moe.bias else None
-        self.gate_EDF = weight(keys, (E, D, F), ("expert", "embed", "mlp"), D)
-        self.up_EDF: Any = weight(keys, (E, D, F), ("expert", "embed", "mlp"), D)
-        self.down_EDF = weight(keys, (E, D, F), ("expert", "embed", "mlp"), F, residual_layers=layers)
+        axes = ("expert", "embed", "mlp")
+        self.gate_EDF = weight(keys, (E, D, F), axes, D, sums=(1,))
+        self.up_EDF: Any = weight(keys, (E, D, F), axes, D, sums=(1,))
+        self.down_EDF = weight(keys, (E, D, F), axes, F, residual_layers=layers, sums=(2,))
         for name, size, axis in (("gate_bias_EF", F, "mlp"), ("up_bias_EF", F, "mlp"), ("down_bias_ED", D, "embed")):
             bias = nnx.Param(jnp.zeros((E, size), jnp.float32), axes=("expert", axis)) if moe.bias else None
             setattr(self, name, bias)

@@ -81,15 +81,15 @@ def weighted(
     def plus(out_SX: Array, bias_EX: Array | None, share_S1: Array | int = 1) -> Array:
         return out_SX if bias_EX is None else out_SX + bias_EX[expert_S] * share_S1
 
-    gate_SF = by_groups(rows_SD, params.gate_EDF, sizes_E, matmul)
+    gate_SF = by_groups(rows_SD, params.gate_EDF, sizes_E, expert_S, matmul)
     if params.up_EDF is None:
         gate_SF, up_SF = jnp.split(gate_SF, 2, axis=-1)
     else:
-        up_SF = by_groups(rows_SD, params.up_EDF, sizes_E, matmul)
+        up_SF = by_groups(rows_SD, params.up_EDF, sizes_E, expert_S, matmul)
     gate_SF, up_SF = plus(gate_SF, params.gate_bias_EF), plus(up_SF, params.up_bias_EF)
     # Rows past the last group are undefined in the kernels.
     hidden_SF = jnp.where(real_S1, activate(gate_SF, up_SF, activation), 0) * share_S[:, None]
-    out_SD = by_groups(hidden_SF, params.down_EDF, sizes_E, matmul, back=True)
+    out_SD = by_groups(hidden_SF, params.down_EDF, sizes_E, expert_S, matmul, back=True)
     return plus(out_SD, params.down_bias_ED, share_S[:, None])
 
 

@@ -104,7 +104,7 @@ class NextTokenBlock(nnx.Module):
         D = config.hidden_size
         self.embedding_norm = RMSNorm(D, config.norm_eps, config.norm)
         self.hidden_norm = RMSNorm(D, config.norm_eps, config.norm)
-        self.join_XD = weight(keys, (2 * D, D), (None, "embed"), 2 * D)
+        self.join_XD = weight(keys, (2 * D, D), (None, "embed"), 2 * D, sums=(0,))
         self.block = Block(config, config.mtp_layer, keys)
         self.norm = RMSNorm(D, config.norm_eps, config.norm)
 
@@ -232,14 +232,14 @@ class Transformer(nnx.Module):
         keys = Keys(jax.random.fold_in(key, config.num_layers))
         # At unit variance the token itself, not the average of its neighbours, decides where early layers route
         # it: the load is even from the start. As an output head it has to be small.
-        self.embedding_VD = weight(keys, (V, D), ("vocab", "columns"), D if config.tie_embeddings else 1)
+        self.embedding_VD = weight(keys, (V, D), ("vocab", "columns"), D if config.tie_embeddings else 1, sums=(1,))
         self.stacks = nnx.List(
             [Stack(config, pattern, repeats, key) for pattern, repeats in stack_plan(config, stacked)]
         )
         self.norm = RMSNorm(D, config.norm_eps, config.norm)
         own = Keys(jax.random.fold_in(key, config.num_layers + 1))
         self.mtp = NextTokenBlock(config, own) if config.mtp_layers else None
-        self.head_DV = None if config.tie_embeddings else weight(keys, (D, V), ("columns", "vocab"), D)
+        self.head_DV = None if config.tie_embeddings else weight(keys, (D, V), ("columns", "vocab"), D, sums=(0,))
         self.config = config
         self.dtype = dtype
         self.remat: Remat = remat
@@ -251,4 +251,4 @@ class Transformer(nnx.Module):
 
     def head(self) -> Float[Array, "D V"]:
         """The output head; the transposed embedding when they are tied."""
-        return self.embedding_VD[...].T if self.head_DV is None else self.head_DV[...]
+        return self.embedding_VD[...].mT if self.head_DV is None else self.head_DV[...]

@@ -57,6 +57,11 @@ class Skeleton:
         return {name: tuple(leaf.get_metadata().get("axes") or ()) for name, (_, leaf) in leaves.items()}
 
     @property
+    def sums(self) -> dict[str, tuple[int, ...]]:
+        """Of each weight that products take in 8 bits, the dimensions that they sum over, its own layer alone."""
+        return {name: own for name, (_, leaf) in self._weights.items() if (own := leaf.get_metadata().get("sums"))}
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Each array's shape."""
         return {name: tuple(leaf.shape) for name, (_, leaf) in {**self._weights, **self._state}.items()}

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array
 
 from errors import UserError
+from model.quantization import WeightType
 from model.transformer import Transformer
 from serve.sampling import SamplingParams, sampling_arrays
 from serve.steps import Rows, State, decode, decode_weights, prefill, unpack
@@ -110,6 +111,7 @@ class Generator:
         max_rows: rows decoded at the same time; further prompts wait for the next wave.
         deterministic: a reply has the same bits whatever is generated beside it. Every wave is then filled up to
             `max_rows`, and prompts share one only if they need the same sizes.
+        weight_type: int8 to keep matrices in 8 bits, each output channel with its scale.
 
     Raises:
         UserError: the tokenizer does not fit the model, or `max_rows` is not positive.
@@ -123,6 +125,7 @@ class Generator:
         mesh: jax.sharding.Mesh | None = None,
         max_rows: int = 16,
         deterministic: bool = False,
+        weight_type: WeightType = "same",
     ):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
@@ -133,6 +136,7 @@ class Generator:
             raise UserError(f"max_rows={max_rows} must be 1 or more")
         self.config, self.tokenizer, self.mesh = model.config, tokenizer, mesh
         self.max_rows, self.deterministic = max_rows, deterministic
+        self.weight_type: WeightType = weight_type
         self._structure: Any = None
         self.update(model)
         limit = tokenizer.vocab_size
@@ -149,7 +153,7 @@ class Generator:
 
     def update(self, model: Transformer) -> None:
         """Takes the weights of `model`, of the same sizes as before; nothing is compiled anew."""
-        self.leaves, structure = jax.tree.flatten(decode_weights(model, self.mesh))
+        self.leaves, structure = jax.tree.flatten(decode_weights(model, self.mesh, self.weight_type))
         assert self._structure is None or self._structure == structure, "update() takes a model of the same sizes"
         self._structure = structure
 

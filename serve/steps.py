@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,11 +15,12 @@ from jaxtyping import Array, Bool, Float, Int
 from model.cache import Cache, empty_cache, layer_axes
 from model.config import ModelConfig
 from model.forward import Batch, continuation, forward, unembed
+from model.quantization import Quantized, WeightType, quantize
 from model.transformer import Transformer
 from model.tree import Arrays, Skeleton, list_names, make_skeleton
 from serve.sampling import SamplingArrays, sample
 from sharding.reshard import reshard
-from sharding.rules import DECODE, array_sharding, constrain
+from sharding.rules import DECODE, array_sharding, constrain, in_shape
 
 
 @struct.dataclass
@@ -112,8 +114,8 @@ def lay_out(config: ModelConfig, state: State) -> State:
     )
 
 
-def decode_weights(model: Transformer, mesh: jax.sharding.Mesh | None) -> Transformer:
-    """`model` as decoding wants it: one array per layer, in the type it computes in, laid out on `mesh`.
+def decode_weights(model: Transformer, mesh: jax.sharding.Mesh | None, weight_type: WeightType = "same") -> Transformer:
+    """`model` as decoding wants it: one array per layer, in the type it computes in or in 8 bits, laid out on `mesh`.
 
     Arrays that are right already are shared, not copied. The router stays in float32: it computes in that.
     """
@@ -124,30 +126,61 @@ def decode_weights(model: Transformer, mesh: jax.sharding.Mesh | None) -> Transf
         found: Arrays = {}
         for name, leaf in arrays.items():
             names = list_names(name, config) if model.stacked else [name]
-            found |= zip(names, reshard(leaf, [wanted[own] for own in names]), strict=True)
+            plain = [wanted[own] for own in names]
+            layers = reshard(leaf, [_unquantized(own, model.dtype) for own in plain])
+            found |= zip(names, map(partial(_quantized, listed.sums), names, layers, plain), strict=True)
         return found
 
-    wanted = abstract_arrays(config, model.dtype, mesh)
+    wanted = abstract_arrays(config, model.dtype, mesh, weight_type)
     own = Skeleton(model)
     weights, state = (place(arrays, kind) for arrays, kind in zip(own.split(model), wanted, strict=True))
     return own.merge(weights, state) if not model.stacked else listed.merge(weights, state)
 
 
-def abstract_weights(config: ModelConfig, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None) -> Transformer:
+def _unquantized(wanted: Any, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+    """What a weight is laid out as, before it goes to 8 bits."""
+    if not isinstance(wanted, Quantized):
+        return wanted
+    return jax.ShapeDtypeStruct(wanted.shape, dtype, sharding=wanted.values.sharding)
+
+
+def _quantized(sums: dict[str, tuple[int, ...]], name: str, leaf: Array, wanted: Any) -> Any:
+    if not isinstance(wanted, Quantized):
+        return leaf
+    layout = jax.tree.map(lambda a: a.sharding, wanted)
+    step = partial(quantize, sums=sums[name])
+    return jax.jit(step, out_shardings=None if wanted.values.sharding is None else layout)(leaf)
+
+
+def abstract_weights(
+    config: ModelConfig, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None, weight_type: WeightType = "same"
+) -> Transformer:
     """Shapes, types and layout of `decode_weights`; allocates nothing."""
-    return make_skeleton(config, stacked=False, dtype=dtype).merge(*abstract_arrays(config, dtype, mesh))
+    arrays = abstract_arrays(config, dtype, mesh, weight_type)
+    return make_skeleton(config, stacked=False, dtype=dtype).merge(*arrays)
 
 
 def abstract_arrays(
-    config: ModelConfig, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None
+    config: ModelConfig, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None, weight_type: WeightType
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The weights and the other state of `abstract_weights`, by path."""
     skeleton = make_skeleton(config, stacked=False, dtype=dtype)
-    shapes, axes, weights = skeleton.shapes, skeleton.axes, skeleton.weights
+    axes, weights, sums = skeleton.axes, skeleton.weights, skeleton.sums
+
+    def abstract(name: str, shape: tuple[int, ...], kind: Any) -> Any:
+        layout = None
+        if mesh is not None:
+            layout = array_sharding(axes[name], len(shape), mesh, DECODE)
+            layout = layout.update(spec=in_shape(layout.spec, shape))
+        return jax.ShapeDtypeStruct(shape, kind, sharding=layout)
+
     arrays: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
-    for name, shape in shapes.items():
+    for name, shape in skeleton.shapes.items():
         is_state = name not in weights
         kind = jnp.float32 if is_state or axes[name][:1] == ("router",) else dtype
-        layout = None if mesh is None else array_sharding(axes[name], len(shape), mesh, DECODE)
-        arrays[is_state][name] = jax.ShapeDtypeStruct(shape, kind, sharding=layout)
+        if weight_type == "int8" and name in sums:
+            scale = tuple(1 if i in sums[name] else size for i, size in enumerate(shape))
+            arrays[is_state][name] = Quantized(abstract(name, shape, jnp.int8), abstract(name, scale, jnp.float32))
+        else:
+            arrays[is_state][name] = abstract(name, shape, kind)
     return arrays

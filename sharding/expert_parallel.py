@@ -22,7 +22,7 @@ from jax import shard_map
 from jax.sharding import PartitionSpec as P
 
 from sharding.mesh import BATCH_AXES, Exchange
-from sharding.rules import Table, spec, without
+from sharding.rules import Table, in_shape, spec, without
 
 BUFFER_FACTOR = 1.25
 """Rows of a buffer as a multiple of an even load; what does not fit goes in a further round, or through blocks."""
@@ -110,9 +110,10 @@ def spread_experts(
     experts = len(next(iter(params.values()))) * (shards if "expert" in own else 1)
     kind = chosen(exchange, shards, ids_MC.shape[1])
     divides = experts % shards == 0 and len(x_MD) % prod(mesh.shape[axis] for axis in BATCH_AXES if axis in left) == 0
-    specs = {name: without(spec(axes[name], table), own) for name in params}
+    cut = {name: without(spec(axes[name], table), own) for name in params}
+    specs = {name: jax.tree.map(lambda a, p=cut[name]: in_shape(p, a.shape), leaf) for name, leaf in params.items()}
     # Weights that are still cut over fsdp are for the compiler to gather.
-    if not divides or (not own and (kind == "gspmd" or any("fsdp" in one for one in specs.values()))):
+    if not divides or (not own and (kind == "gspmd" or any("fsdp" in one for one in cut.values()))):
         return compute(x_MD, ids_MC, weights_MC, params, 1)
     rows = P() if own else P(BATCH_AXES, None)
 

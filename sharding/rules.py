@@ -120,6 +120,11 @@ def without(partition: P, axes: Iterable[str]) -> P:
     return P(*(_one_of(name for name in names_of(entry) if name not in gone) for entry in partition))
 
 
+def in_shape(partition: P, shape: Sequence[int]) -> P:
+    """`partition` for an array like another, but of size 1 along some dimensions: these are not cut."""
+    return P(*(entry if size > 1 else None for entry, size in zip(partition, shape, strict=False)))
+
+
 def on_own_parts(
     function: Callable[..., jax.Array],
     args: Sequence[jax.Array | None],

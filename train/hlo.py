@@ -103,6 +103,7 @@ def read_program(text: str, mesh_shape: Mapping[str, int], overflow: int = 0) ->
         often = times[name]
         if not often:
             continue
+        shapes = {match[1]: match[2] for line in lines if (match := INSTRUCTION.match(line))}
         for line in lines:
             match = INSTRUCTION.match(line)
             if not match:
@@ -123,7 +124,7 @@ def read_program(text: str, mesh_shape: Mapping[str, int], overflow: int = 0) ->
             if estimate and int(estimate[1]) < UNKNOWN_CYCLES:
                 cycles += often * int(estimate[1])
             elif estimate or match[3] in UNSTATED:
-                unstated_bytes += often * 2 * _size(match[2])
+                unstated_bytes += often * 2 * _moved(match, line, shapes)
     collectives = (
         Collective(kind, axes, devices, count, size, later, most > 1)
         for (kind, axes, devices, later), (count, size, most) in found.items()
@@ -152,6 +153,15 @@ def _collective(
     told = "reduce-scatter" if computation.startswith(SCATTERING) else kind
     later = start or "async" in computation
     return (told, axes, devices, later), _bytes(match[2], kind, devices, start)
+
+
+def _moved(match: re.Match[str], line: str, shapes: Mapping[str, str]) -> int:
+    """Bytes that an operation writes. A scatter changes its operand where it lies: it writes what it is given."""
+    if "scatter" not in match[1]:
+        return _size(match[2])
+    operands = re.findall(r"%([\w.\-]+)", line[match.end() :].partition(")")[0])
+    given = [shapes[name] for name in operands if name in shapes]
+    return min(_size(match[2]), sum(_size(shape) for shape in given if ARRAY.findall(shape) != ARRAY.findall(match[2])))
 
 
 def _kernel(match: re.Match[str], line: str, often: int) -> Kernel:

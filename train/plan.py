@@ -56,6 +56,9 @@ def make_parser() -> Parser:
     parser.add_argument("--mode", choices=("train", "prefill", "decode"), default="train", help="which step (train)")
     parser.add_argument("--rows", type=int, default=256, help="prefill, decode: rows at a time (default: 256)")
     parser.add_argument("--context", type=int, default=8192, help="prefill, decode: positions of a row (8192)")
+    parser.add_argument(
+        "--weights", choices=("same", "int8"), default="same", help="prefill, decode: how stored (same)"
+    )
     parser.add_argument("--tokens", type=float, default=1e12, help="a budget of tokens, for its cost (default: 1e12)")
     parser.add_argument("--price", type=float, default=0.0, help="of a chip for an hour, in any money")
     parser.add_argument("--search", type=int, default=0, metavar="N", help="try meshes, compile the N likeliest, rank")
@@ -100,7 +103,7 @@ def plan(run: Run, devices: Sequence[Any], chip: Chip, args: Any) -> dict[str, A
     from train.plan_programs import compile_program, lower
     from train.plan_time import costs, spans_of, step_time
 
-    program = lower(run, devices, args.mode, args.rows, args.context)
+    program = lower(run, devices, args.mode, args.rows, args.context, args.weights)
     compiled = compile_program(program)
     length = run.data.sequence_length if args.mode == "train" else args.context
     per_step, needed = work(run, args)

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 
 from configs.run import Run
 from model.cache import empty_cache, layer_axes
+from model.quantization import WeightType
 from sharding.mesh import make_mesh
 from sharding.rules import ACTIVATIONS, batch_sharding, spec
 
@@ -37,16 +38,23 @@ class Lowered:
     held: dict[str, int]
 
 
-def lower(run: Run, devices: Sequence[Any], mode: Mode, rows: int = 0, context: int = 0) -> Lowered:
+def lower(
+    run: Run,
+    devices: Sequence[Any],
+    mode: Mode,
+    rows: int = 0,
+    context: int = 0,
+    weight_type: WeightType = "same",
+) -> Lowered:
     """The step of `run` that `mode` names.
 
     Args:
-        rows, context: while generating: rows at a time, and positions of their cache.
+        rows, context, weight_type: while generating: rows at a time, positions of their cache, how weights are stored.
     """
     mesh = make_mesh(run.mesh, devices)
     # The program is made for the devices of this mesh, not for those that jax finds here.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return train(run, mesh) if mode == "train" else generate(run, mesh, mode, rows, context)
+        return train(run, mesh) if mode == "train" else generate(run, mesh, mode, rows, context, weight_type)
 
 
 def train(run: Run, mesh: jax.sharding.Mesh) -> Lowered:
@@ -68,13 +76,15 @@ def train(run: Run, mesh: jax.sharding.Mesh) -> Lowered:
     return Lowered(lowered, mesh, {"weights": bytes_of((state.params, state.extra)), "optimizer": bytes_of(state.opt)})
 
 
-def generate(run: Run, mesh: jax.sharding.Mesh, mode: Mode, rows: int, context: int) -> Lowered:
+def generate(
+    run: Run, mesh: jax.sharding.Mesh, mode: Mode, rows: int, context: int, weight_type: WeightType
+) -> Lowered:
     """One more token of `rows` rows with `context` positions cached, or the reading of prompts of that length."""
     from serve.sampling import SamplingParams, sampling_arrays
     from serve.steps import Rows, State, abstract_weights, decode, prefill
 
     config, dtype = run.model, jnp.dtype(run.dtype)
-    model = abstract_weights(config, dtype, mesh)
+    model = abstract_weights(config, dtype, mesh, weight_type)
 
     def abstract(x: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
         layout = NamedSharding(mesh, spec(axes or (None,) * x.ndim, ACTIVATIONS))

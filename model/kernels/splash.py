@@ -79,9 +79,9 @@ def splash(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def as_they_come(function: Callable[..., Array], *args: Array | None) -> Array:
-    """`function(*args)` with products of bfloat16 as they are, forward and backward: the kernels refuse `highest`."""
-    return _forward(function, *args)[0]
+def as_they_come(function: Callable[..., Array], q: Array, *args: Array | None) -> Array:
+    """`function(q, *args)` with products of bfloat16 as they are, forward and backward."""
+    return _forward(function, q, *args)[0]
 
 
 def _forward(function: Callable[..., Array], q: Array, *args: Array | None) -> tuple[Array, Any]:

@@ -1,0 +1,79 @@
+"""Law: a weight in 8 bits is the nearest there is, and is used as what it stands for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.cache import empty_cache
+from model.forward import continuation, forward, unembed
+from model.quantization import Quantized, quantize
+from model.transformer import Transformer
+from model.tree import Skeleton
+from serve.generate import Generator
+from serve.sampling import SamplingParams
+from serve.steps import decode_weights
+from sharding.mesh import MeshConfig, make_mesh
+from tests.test_one_forward import NAMES, RICHEST, Words, make, rows_of
+
+
+def test_the_nearest_of_255_steps() -> None:
+    draw = np.random.default_rng(0)
+    weight = draw.normal(size=(3, 20, 6)).astype(np.float32) * draw.uniform(0.01, 100, size=(3, 1, 6))
+    weight[1, :, 2] = 0
+    found = quantize(jnp.asarray(weight), (1,))
+    assert found.values.dtype == jnp.int8 and found.scale.shape == (3, 1, 6)
+    step = np.abs(weight).max(axis=1, keepdims=True) / 127
+    assert (np.abs(np.asarray(found.values) * np.asarray(found.scale) - weight) <= step * 0.5001).all()
+    assert np.abs(np.asarray(found.values)).max() == 127
+
+
+def widened(model: Transformer) -> Transformer:
+    """`model` with what its weights in 8 bits stand for."""
+
+    def plain(leaf: Any) -> Any:
+        return leaf.values * leaf.scale if isinstance(leaf, Quantized) else leaf
+
+    skeleton = Skeleton(model)
+    weights, state = skeleton.split(model)
+    return skeleton.merge({name: plain(leaf) for name, leaf in weights.items()}, state)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_products_with_8_bits_are_those_with_what_they_stand_for(name: str) -> None:
+    """Of a batch, of prompts into a cache, and of one token more."""
+    small = decode_weights(make(name), None, "int8")
+    kinds = jax.tree.leaves(Skeleton(small).split(small)[0], is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    matrices = sum(leaf.values.size for leaf in kinds if isinstance(leaf, Quantized))
+    assert matrices > 0.8 * sum(a.size for a in jax.tree.leaves(kinds))
+    documents = [np.arange(1, 12, dtype=np.int32), np.arange(5, 9, dtype=np.int32)]
+    batch = rows_of(*([one] for one in documents))
+
+    def run(model: Transformer) -> list[jax.Array]:
+        cache = empty_cache(model.config, 2, 64, jnp.dtype(jnp.float32))
+        whole = forward(model, batch)
+        prompts = continuation(batch.tokens_BT, cache.lengths_B, batch.segments_BT > 0)
+        first = forward(model, prompts, cache)
+        assert first.cache is not None
+        then = forward(model, continuation(jnp.array([[3], [4]]), first.cache.lengths_B), first.cache)
+        return [unembed(model, output.hidden_BTD) for output in (whole, first, then)]
+
+    for found, wanted in zip(jax.jit(run)(small), jax.jit(run)(widened(small)), strict=True):
+        valid = np.asarray(batch.segments_BT > 0) if found.shape[1] > 1 else np.ones((2, 1), bool)
+        assert np.abs(np.asarray(found) - np.asarray(wanted))[valid].max() <= 1e-4 * np.abs(np.asarray(wanted)).max()
+
+
+@pytest.mark.parametrize("name", [NAMES[0], RICHEST])
+def test_many_devices_reply_as_one(name: str) -> None:
+    model, prompts = make(name), [[1, 2, 3, 4, 5], [7, 8], [9, 3, 1]]
+    sampling = SamplingParams(temperature=0, max_tokens=6)
+    one = Generator(model, Words(), max_rows=4, weight_type="int8").generate(prompts, sampling)
+    mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2))
+    many = Generator(model, Words(), max_rows=4, mesh=mesh, weight_type="int8").generate(prompts, sampling)
+    for a, b in zip(one, many, strict=True):
+        assert a.tokens == b.tokens
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
