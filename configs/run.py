@@ -273,7 +273,7 @@ def check_divides(model: ModelConfig, mesh: MeshConfig) -> None:
         shards = getattr(mesh, axis)
         if size % shards:
             raise UserError(f"{size} {what} do not divide over mesh.{axis}={shards}")
-    cut = ["fsdp", "expert", *(["data"] if mesh.cut_over_data else [])]
+    cut = ["fsdp", "expert", "context", *(["data"] if mesh.cut_over_data else [])]
     if model.hidden_size % math.prod(mesh.sizes[axis] for axis in cut):
         shards = " x ".join(f"mesh.{axis}={mesh.sizes[axis]}" for axis in cut)
         raise UserError(f"{model.hidden_size} channels of the residual stream do not divide over {shards}")

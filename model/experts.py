@@ -60,7 +60,7 @@ def run_experts(
 def ring_rows(pairs: int, shards: int) -> int:
     """Rows that are computed first of so many pairs, of which about one in `shards` is for these experts."""
     even = pairs / shards
-    return pairs if shards == 1 else min(buffer_rows(even, 512 if even > 512 else 128), pairs)
+    return pairs if shards == 1 else min(buffer_rows(even, 512 if even > 512 else 32), pairs)
 
 
 def on_received_rows(

@@ -7,7 +7,9 @@ are stored.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from math import prod
+from types import EllipsisType
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import struct
@@ -22,40 +24,55 @@ LARGEST = 127
 class Quantized:
     """`values * scale`; where `linear` and its kin take a weight, they take this too.
 
-    values: of the weight's shape. scale: of the same rank, with size 1 along what products sum over.
+    values: as matrices, inputs by outputs (the experts' `down` the other way about): as such they are read where they
+    lie, while a TPU moves about what has more dimensions. scale: of the same rank, with size 1 along what products sum
+    over. outputs: sizes that the outputs of a product have.
     """
 
-    values: Int8[Array, "*S"]
-    scale: Float[Array, "*S"]
+    values: Int8[Array, "*E D F"]
+    scale: Float[Array, "*E D F"]
+    outputs: tuple[int, ...] = struct.field(pytree_node=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """As it is stored."""
         return self.values.shape
-
-    @property
-    def ndim(self) -> int:
-        """Dimensions of the weight."""
-        return self.values.ndim
 
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, index: Any) -> Quantized:
-        return Quantized(self.values[index], self.scale[index])
+    def __getitem__(self, index: EllipsisType) -> Quantized:
+        return self
 
     def astype(self, dtype: Any) -> Quantized:
         """Itself: it is cast where it is multiplied."""
         return self
 
-    def as_matrix(self) -> Quantized:
-        """All dimensions but the last as one; they must be what products sum over."""
-        return Quantized(self.values.reshape(-1, self.shape[-1]), self.scale.reshape(1, -1))
-
     @property
     def mT(self) -> Quantized:  # noqa: N802 (as arrays call it)
         """With the last two dimensions exchanged."""
-        return Quantized(self.values.mT, self.scale.mT)
+        return Quantized(self.values.mT, self.scale.mT, self.outputs)
+
+
+class Form(NamedTuple):
+    """How a weight is stored, see `Quantized`: sizes of its values and of its scale, and the values' logical axes."""
+
+    values: tuple[int, ...]
+    scale: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    outputs: tuple[int, ...]
+
+
+def stored_form(shape: tuple[int, ...], axes: tuple[str | None, ...], sums: tuple[int, ...]) -> Form:
+    """The form of a weight of this shape, of which products sum over the dimensions `sums`.
+
+    Of dimensions that become one the first is the one that may be cut.
+    """
+    if 0 in sums:
+        count, outputs = len(sums), shape[len(sums) :]
+        values = (prod(shape[:count]), prod(outputs))
+        return Form(values, (1, values[1]), (axes[0], axes[count]), outputs)
+    return Form(shape, tuple(1 if i in sums else size for i, size in enumerate(shape)), axes, ())
 
 
 def quantize(weight: Float[Array, "*S"], sums: tuple[int, ...]) -> Quantized:
@@ -64,7 +81,9 @@ def quantize(weight: Float[Array, "*S"], sums: tuple[int, ...]) -> Quantized:
     Args:
         sums: dimensions that products sum over.
     """
-    weight = weight.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(weight), axis=sums, keepdims=True) / LARGEST
+    form = stored_form(weight.shape, ("",) * weight.ndim, sums)
+    weight = weight.astype(jnp.float32).reshape(form.values)
+    over = tuple(i for i, (n, m) in enumerate(zip(form.scale, form.values, strict=True)) if n < m)
+    scale = jnp.max(jnp.abs(weight), axis=over, keepdims=True) / LARGEST
     values = jnp.round(weight / jnp.where(scale == 0, 1, scale)).astype(jnp.int8)
-    return Quantized(values, scale)
+    return Quantized(values, scale, form.outputs)

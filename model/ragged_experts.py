@@ -23,6 +23,10 @@ TOKENS_AT_A_TIME = 128
 """Tokens to which one product adds rows: the width of a TPU's registers."""
 
 
+FEW_TOKENS = 512
+"""Up to so many one product adds the rows of all of them, most of it zeros: less than it takes to sort them."""
+
+
 class Order(NamedTuple):
     """Pairs sorted by expert, those of no expert last. order_R: the pairs. ends_E: where each expert's end."""
 
@@ -115,7 +119,7 @@ def packed(
     from_S = jnp.full(count, count, jnp.int32).at[to_S].set(place_S, mode="drop")
     back_S = jnp.full(count, count, jnp.int32).at[place_S].set(to_S)
     sizes_E = counts_XE.sum(0)
-    expert_S = jnp.minimum(jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(count), side="right"), experts - 1)
+    expert_S = jnp.minimum(_place(jnp.cumsum(sizes_E), jnp.arange(count)), experts - 1)
     real_S1 = (jnp.arange(count) < sizes_E.sum())[:, None]
     rows_SD = permute(rows_XESD.reshape(count, width), from_S, back_S)
     share_S = permute(share_XES.reshape(count, 1), from_S, back_S)[:, 0]
@@ -148,8 +152,13 @@ def _window(order: Order, turn: Array | int, capacity: int, choices: int) -> Win
     real_S = at_S < order.ends_E[-1]
     pair_S = jnp.where(real_S, order.order_R[jnp.minimum(at_S, pairs - 1)], pairs)
     ends_E = jnp.clip(order.ends_E - start, 0, capacity)
-    expert_S = jnp.searchsorted(order.ends_E, at_S, side="right").astype(jnp.int32)
+    expert_S = _place(order.ends_E, at_S)
     return Window(pair_S, pair_S // choices, jnp.diff(ends_E, prepend=0), expert_S, real_S[:, None])
+
+
+def _place(ends_E: Array, at_S: Array) -> Int[Array, " S"]:
+    """The expert of each place among sorted pairs; by comparing with all, for a search goes in steps."""
+    return jnp.searchsorted(ends_E, at_S, side="right", method="compare_all").astype(jnp.int32)
 
 
 def _rows(x_MD: Array, window: Window) -> Array:
@@ -164,12 +173,16 @@ def _added(rows_SD: Array, window: Window, order: Order, shape_MC: tuple[int, ..
         place_R = jnp.zeros_like(order.order_R).at[order.order_R].set(jnp.arange(len(rows_SD), dtype=jnp.int32))
         place_R = jnp.where(place_R < order.ends_E[-1], place_R, len(rows_SD))
         return jnp.take(rows_SD, place_R.reshape(shape_MC), axis=0, mode="fill", fill_value=0).sum(1)
+    if tokens <= FEW_TOKENS:
+        one_hot_MS = (window.token_S == jnp.arange(tokens)[:, None]).astype(rows_SD.dtype)
+        return one_hot_MS @ jnp.where(window.real_S1, rows_SD, 0)
     order_S = jnp.argsort(window.pair_S)
     token_S = window.token_S[order_S]
     rows_SD = jnp.take(rows_SD, jnp.where(token_S < tokens, order_S, 0), axis=0, mode="clip")
     blocks = -(-tokens // TOKENS_AT_A_TIME)
     one_hot = (token_S[:, None] % TOKENS_AT_A_TIME == jnp.arange(TOKENS_AT_A_TIME)).astype(rows_SD.dtype)
-    ends_G = jnp.searchsorted(token_S, jnp.minimum((jnp.arange(blocks) + 1) * TOKENS_AT_A_TIME, tokens))
+    starts_G = jnp.minimum((jnp.arange(blocks) + 1) * TOKENS_AT_A_TIME, tokens)
+    ends_G = jnp.searchsorted(token_S, starts_G, method="compare_all")
     sums_GID = sums_by_group(one_hot, rows_SD, jnp.diff(ends_G, prepend=0))
     return sums_GID.reshape(-1, rows_SD.shape[1])[:tokens]
 

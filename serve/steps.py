@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from model.cache import Cache, empty_cache, layer_axes
 from model.config import ModelConfig
 from model.forward import Batch, continuation, forward, unembed
-from model.quantization import Quantized, WeightType, quantize
+from model.quantization import Quantized, WeightType, quantize, stored_form
 from model.transformer import Transformer
 from model.tree import Arrays, Skeleton, list_names, make_skeleton
 from serve.sampling import SamplingArrays, sample
@@ -126,30 +125,26 @@ def decode_weights(model: Transformer, mesh: jax.sharding.Mesh | None, weight_ty
         found: Arrays = {}
         for name, leaf in arrays.items():
             names = list_names(name, config) if model.stacked else [name]
-            plain = [wanted[own] for own in names]
-            layers = reshard(leaf, [_unquantized(own, model.dtype) for own in plain])
-            found |= zip(names, map(partial(_quantized, listed.sums), names, layers, plain), strict=True)
+            if isinstance(wanted[names[0]], Quantized):
+                layers = [leaf] if len(names) == 1 else [leaf[index] for index in range(len(names))]
+                found |= {
+                    own: _quantized(layer, sums[own], wanted[own]) for own, layer in zip(names, layers, strict=True)
+                }
+            else:
+                found |= zip(names, reshard(leaf, [wanted[own] for own in names]), strict=True)
         return found
 
     wanted = abstract_arrays(config, model.dtype, mesh, weight_type)
-    own = Skeleton(model)
+    own, sums = Skeleton(model), listed.sums
     weights, state = (place(arrays, kind) for arrays, kind in zip(own.split(model), wanted, strict=True))
     return own.merge(weights, state) if not model.stacked else listed.merge(weights, state)
 
 
-def _unquantized(wanted: Any, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
-    """What a weight is laid out as, before it goes to 8 bits."""
-    if not isinstance(wanted, Quantized):
-        return wanted
-    return jax.ShapeDtypeStruct(wanted.shape, dtype, sharding=wanted.values.sharding)
-
-
-def _quantized(sums: dict[str, tuple[int, ...]], name: str, leaf: Array, wanted: Any) -> Any:
-    if not isinstance(wanted, Quantized):
-        return leaf
+def _quantized(leaf: Array, sums: tuple[int, ...], wanted: Quantized) -> Any:
     layout = jax.tree.map(lambda a: a.sharding, wanted)
-    step = partial(quantize, sums=sums[name])
-    return jax.jit(step, out_shardings=None if wanted.values.sharding is None else layout)(leaf)
+    return jax.jit(quantize, static_argnums=1, out_shardings=None if wanted.values.sharding is None else layout)(
+        leaf, sums
+    )
 
 
 def abstract_weights(
@@ -167,10 +162,10 @@ def abstract_arrays(
     skeleton = make_skeleton(config, stacked=False, dtype=dtype)
     axes, weights, sums = skeleton.axes, skeleton.weights, skeleton.sums
 
-    def abstract(name: str, shape: tuple[int, ...], kind: Any) -> Any:
+    def abstract(shape: tuple[int, ...], own: tuple[str | None, ...], kind: Any) -> Any:
         layout = None
         if mesh is not None:
-            layout = array_sharding(axes[name], len(shape), mesh, DECODE)
+            layout = array_sharding(own, len(shape), mesh, DECODE)
             layout = layout.update(spec=in_shape(layout.spec, shape))
         return jax.ShapeDtypeStruct(shape, kind, sharding=layout)
 
@@ -179,8 +174,9 @@ def abstract_arrays(
         is_state = name not in weights
         kind = jnp.float32 if is_state or axes[name][:1] == ("router",) else dtype
         if weight_type == "int8" and name in sums:
-            scale = tuple(1 if i in sums[name] else size for i, size in enumerate(shape))
-            arrays[is_state][name] = Quantized(abstract(name, shape, jnp.int8), abstract(name, scale, jnp.float32))
+            form = stored_form(shape, axes[name], sums[name])
+            values, scale = abstract(form.values, form.axes, jnp.int8), abstract(form.scale, form.axes, jnp.float32)
+            arrays[is_state][name] = Quantized(values, scale, form.outputs)
         else:
-            arrays[is_state][name] = abstract(name, shape, kind)
+            arrays[is_state][name] = abstract(shape, axes[name], kind)
     return arrays

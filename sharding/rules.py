@@ -17,7 +17,7 @@ Table = Mapping[str, str | tuple[str, ...] | None]
 
 TRAIN: Table = {
     "layers": None,
-    "embed": ("fsdp", "expert"),
+    "embed": ("fsdp", "expert", "context"),
     "columns": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
@@ -27,10 +27,10 @@ TRAIN: Table = {
     "expert": "expert",
     "router": "fsdp",
 }
-"""Weights while training: cut over fsdp too, and over expert where no expert has it, and gathered layer by layer
-as they are used. `columns` are those of the embedding and the head."""
+"""Weights while training: cut over fsdp and context too, and over expert where no expert has it, and gathered layer by
+layer as they are used. `columns` are those of the embedding and the head."""
 
-ALONG_DATA: Table = {**TRAIN, "embed": ("fsdp", "expert", "data"), "router": ("fsdp", "data")}
+ALONG_DATA: Table = {**TRAIN, "embed": ("fsdp", "expert", "context", "data"), "router": ("fsdp", "data")}
 """TRAIN with `mesh.cut_over_data`. `data` comes last, and is gathered first: little travels between slices."""
 
 AT_REST: Table = {

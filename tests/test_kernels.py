@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
+from model import cache
 from model.attention import Mask, attend_in_blocks
-from model.kernels import grouped
+from model.kernels import grouped, paged
 from model.kernels.splash import block_sizes, fits, splash
 
 
@@ -65,3 +67,41 @@ def test_blocks_divide_the_length() -> None:
         assert fits(length, length) and length % sizes.block_q == 0 and length % sizes.block_kv == 0
     assert block_sizes(4096, 128).block_kv_dkv == 4096 and block_sizes(4096, 256).block_kv_dkv == 1024
     assert block_sizes(32768, 128).block_q_dq and not fits(100, 100) and not fits(128, 256)
+
+
+@pytest.mark.parametrize(("queries", "window"), [(1, None), (6, None), (6, 5)])
+def test_attention_to_pages(queries: int, window: int | None) -> None:
+    """The kernel does not run here: jax's own reference of it takes the arguments that it gets."""
+    draw = np.random.default_rng(0)
+    rows, heads, kv_heads, page, count = 3, 4, 2, 8, 4
+    lengths = jnp.asarray([17, 0, 25 - queries + 1], jnp.int32)
+    table = jnp.asarray(draw.permutation(20)[: rows * count].reshape(rows, count), jnp.int32)
+    q = jnp.asarray(draw.standard_normal((rows, queries, heads, 128)), jnp.float32)
+    pages = jnp.asarray(draw.standard_normal((20, page, 2 * kv_heads, 128)), jnp.float32)
+    index_BT = lengths[:, None] + jnp.arange(queries)
+    paging = cache.Paging(index_BT, lengths, table, page)
+    keys, values = cache.read_pairs(pages, paging)
+    wanted = attend_in_blocks(q, keys, values, Mask(index_BT, None, count * page), 0.3, window)
+    q_MNH, kv_lens, indices, starts, number = paged.arguments(q, lengths, table)
+    found = kernel.ref_ragged_paged_attention(
+        q_MNH, pages, kv_lens, indices, starts, number, sm_scale=0.3, sliding_window=window
+    )
+    np.testing.assert_allclose(found.reshape(wanted.shape), wanted, atol=2e-5)
+    assert paged.fits(128) and not paged.fits(64)
+
+
+def test_what_is_written_to_pages_is_read_from_them() -> None:
+    """In either layout, wherever pages lie; padding is written nowhere."""
+    draw = np.random.default_rng(0)
+    table = jnp.asarray(draw.permutation(9)[:6].reshape(2, 3), jnp.int32)
+    lengths = jnp.asarray([2, 5], jnp.int32)
+    index_BT = cache.write_positions(lengths, jnp.asarray([[1, 1, 1], [1, 0, 0]]), 12)
+    paging = cache.Paging(index_BT, lengths, table, 4)
+    new = tuple(jnp.asarray(draw.standard_normal((2, 3, 2, 8)), jnp.float32) for _ in range(2))
+    apart = cache.write((jnp.zeros((9, 2, 4, 8)), jnp.zeros((9, 2, 4, 8))), new, paging)
+    (both,) = cache.write((jnp.zeros((9, 4, 4, 8)),), new, paging)
+    wanted = np.zeros((2, 2, 2, 12, 8), np.float32)  # keys and values, rows, heads, positions
+    wanted[:, 0, :, 2:5] = np.stack([a[0].swapaxes(0, 1) for a in new])
+    wanted[:, 1, :, 5] = np.stack([a[1, 0] for a in new])
+    np.testing.assert_array_equal(np.stack([cache.read(a, paging, "kv_heads") for a in apart]), wanted)
+    np.testing.assert_array_equal(np.stack(cache.read_pairs(both, paging)), wanted)

@@ -13,7 +13,7 @@ from model.cache import empty_cache
 from model.forward import continuation, forward, unembed
 from model.quantization import Quantized, quantize
 from model.transformer import Transformer
-from model.tree import Skeleton
+from model.tree import Skeleton, make_skeleton
 from serve.generate import Generator
 from serve.sampling import SamplingParams
 from serve.steps import decode_weights
@@ -35,12 +35,12 @@ def test_the_nearest_of_255_steps() -> None:
 def widened(model: Transformer) -> Transformer:
     """`model` with what its weights in 8 bits stand for."""
 
-    def plain(leaf: Any) -> Any:
-        return leaf.values * leaf.scale if isinstance(leaf, Quantized) else leaf
+    def plain(leaf: Any, shape: tuple[int, ...]) -> Any:
+        return (leaf.values * leaf.scale).reshape(shape) if isinstance(leaf, Quantized) else leaf
 
-    skeleton = Skeleton(model)
-    weights, state = skeleton.split(model)
-    return skeleton.merge({name: plain(leaf) for name, leaf in weights.items()}, state)
+    listed = make_skeleton(model.config, stacked=False)
+    weights, state = Skeleton(model).split(model)
+    return listed.merge({name: plain(leaf, listed.shapes[name]) for name, leaf in weights.items()}, state)
 
 
 @pytest.mark.parametrize("name", NAMES)

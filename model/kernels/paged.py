@@ -14,11 +14,11 @@ from model.kernels import exact_products
 LANES = 128
 """The width of heads that the kernel takes."""
 
-VMEM = 60 * 2**20
+VMEM = 32 * 2**20
 """Bytes of its fast memory that the kernel may take; with the default 64 heads do not fit."""
 
 
-BLOCK, QUERIES = 2**22, 32
+BLOCK, QUERIES = 2**21, 32
 """Bytes of pages, and queries, that the kernel takes at a time."""
 
 
