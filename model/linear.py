@@ -96,10 +96,11 @@ def linear(x: Float[Array, "*B D"], weight: Float[Array, "D *N"] | Quantized, ma
     if matmul == "plain":
         # As a matrix, see `sharding.data_parallel`.
         out = jnp.tensordot(_rows(x), weight.reshape(len(weight), -1), 1)
-        if weight.ndim > 2 and platform() == "tpu":
-            # The compiler for v6e (libtpu 0.0.52) dies of joining the split into heads with what follows it.
-            out = jax.lax.optimization_barrier(out)
-        return out.reshape(*x.shape[:-1], *weight.shape[1:])
+        out = out.reshape(*x.shape[:-1], *weight.shape[1:])
+        # A TPU moves what is split into heads about in memory: here, in the type of `x`, not in float32 as part of what
+        # follows it, of which the compiler for v6e (libtpu 0.0.52) dies too.
+        split = weight.ndim > 2 and platform() == "tpu"
+        return jax.lax.optimization_barrier(out) if split else out
     return _quantized(x, weight, (((x.ndim - 1,), (0,)), ((), ())), matmul)
 
 

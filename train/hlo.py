@@ -95,7 +95,7 @@ def read_program(text: str, mesh_shape: Mapping[str, int], overflow: int = 0) ->
         overflow: how often loops go round that are for what did not fit into a buffer.
     """
     computations, entry = _computations(text)
-    times, fused = _times(computations, entry, overflow)
+    times, fused, offloaded = _times(computations, entry, overflow)
     found: dict[tuple[str, tuple[str, ...], int, bool], list[int]] = defaultdict(lambda: [0, 0, 0])
     cycles = unstated_bytes = 0
     kernels: list[Kernel] = []
@@ -116,7 +116,7 @@ def read_program(text: str, mesh_shape: Mapping[str, int], overflow: int = 0) ->
                 entry_of[2] = max(entry_of[2], often)
             elif match[3] == "custom-call" and 'custom_call_target="tpu_custom_call"' in line:
                 kernels.append(_kernel(match, line, often))
-            elif match[3].endswith("-done") and OFFLOADED in match[1]:
+            elif match[3].endswith("-done") and OFFLOADED in match[1] and name not in offloaded:
                 unstated_bytes += often * 2 * _size(match[2])
             estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
             if name in fused:
@@ -189,10 +189,11 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _times(computations: Mapping[str, list[str]], entry: str, overflow: int) -> tuple[Counter[str], set[str]]:
-    """How often each computation runs, and which of them are the inside of a fusion."""
+def _times(computations: Mapping[str, list[str]], entry: str, overflow: int) -> tuple[Counter[str], set[str], set[str]]:
+    """How often each computation runs; which are the inside of a fusion, and which of what runs beside the core."""
     times: Counter[str] = Counter()
     fused: set[str] = set()
+    offloaded: set[str] = set()
 
     def visit(name: str, often: int) -> None:
         times[name] += often
@@ -203,10 +204,12 @@ def _times(computations: Mapping[str, list[str]], entry: str, overflow: int) -> 
                         continue
                     if " fusion(" in line:
                         fused.add(called)
+                    if " custom-call-start(" in line:
+                        offloaded.add(called)
                     visit(called, often * (_trips(line, computations, overflow) if kind == "body" else 1))
 
     visit(entry, 1)
-    return times, fused
+    return times, fused, offloaded
 
 
 def _trips(line: str, computations: Mapping[str, list[str]], overflow: int) -> int:
