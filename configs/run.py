@@ -8,6 +8,7 @@ from typing import Literal
 
 from errors import UserError
 from model.config import ModelConfig
+from model.lora_config import LoraConfig
 from sharding.mesh import MeshConfig
 
 BFLOAT16_STEP = 2.0**-8
@@ -157,6 +158,8 @@ class Run:
     """Optimizer and schedule."""
     loss: LossConfig = field(default_factory=LossConfig)
     """Auxiliary losses."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters that are trained in the place of all weights."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Devices along each axis."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from model.expert_weights import Activation, Experts, activate, down, expert_at, hidden_of, on_own_rows, plus
 from model.linear import Matmul
+from model.lora import LowRank
 from model.ragged_experts import packed, ragged
 from sharding.expert_parallel import buffer_rows
 from sharding.mesh import platform
@@ -235,9 +236,9 @@ def expert_gradients(
     """Gradients of one batch of rows of one expert, or of all experts' buffers at once.
 
     `share` weighs each row's output; `dy` is the gradient of the weighted output. Returns the gradients of
-    the rows, of the share, and of the weights. In 8 bits the hidden layer is computed again.
+    the rows, of the share, and of the weights. In 8 bits, or with adapters, the hidden layer is computed again.
     """
-    if matmul != "plain":
+    if matmul != "plain" or any(isinstance(leaf, LowRank) for leaf in params):
         return jax.vjp(lambda r, s, p: on_own_rows(r, p, activation, s, matmul), rows, share, params)[1](dy)
     assert params.up_EDF is not None
     hidden, pull = jax.vjp(partial(activate, kind=activation), gate, up)

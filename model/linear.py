@@ -16,10 +16,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from errors import UserError
+from model.lora import LowRank
 from model.quantization import Quantized
 from sharding.mesh import platform
 
 Matmul = Literal["plain", "int8", "fp8"]
+
+Weight = Array | Quantized | LowRank
+"""What stands for a weight in a product."""
 
 TYPES = {"int8": (jnp.int8, jnp.int8), "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2)}
 """Of activations and weights, and of gradients, which need range more than precision (arXiv 2209.05433, section 3)."""
@@ -83,13 +87,15 @@ def _rows(x: Float[Array, "*B D"]) -> Array:
     return x[:, 0] if x.ndim == 3 and x.shape[1] == 1 else x
 
 
-def linear(x: Float[Array, "*B D"], weight: Float[Array, "D *N"] | Quantized, matmul: Matmul = "plain") -> Array:
+def linear(x: Float[Array, "*B D"], weight: Weight, matmul: Matmul = "plain") -> Array:
     """`[*B, *N]`: the sum over D of `x` times `weight`, in the type of `x`.
 
     Args:
         matmul: how, while training. With int8 an entry differs from the exact one by at most
             `(s sum|w| + t sum|x|) / 2 + D s t / 4`, where s and t are 2/255 of the largest |x| and |w| in the sum.
     """
+    if isinstance(weight, LowRank):
+        return linear(x, weight.base, matmul) + linear(linear(x, weight.a), weight.b) * weight.scale
     if isinstance(weight, Quantized):
         return in_float32(x, weight).astype(x.dtype).reshape(*x.shape[:-1], *weight.outputs)
     weight = weight.astype(x.dtype)
@@ -104,21 +110,24 @@ def linear(x: Float[Array, "*B D"], weight: Float[Array, "D *N"] | Quantized, ma
     return _quantized(x, weight, (((x.ndim - 1,), (0,)), ((), ())), matmul)
 
 
-def merge_heads(
-    out_BTNI: Float[Array, "B T N I"], o_NID: Float[Array, "N I D"] | Quantized, matmul: Matmul = "plain"
-) -> Float[Array, "B T D"]:
+def merge_heads(out_BTNI: Float[Array, "B T N I"], o_NID: Weight, matmul: Matmul = "plain") -> Float[Array, "B T D"]:
     """The output projection: all heads of a token times one matrix, in the type of `out_BTNI`.
 
     A plain product: as an einsum over two dimensions XLA transposes the weight at every decode step.
     """
+    if isinstance(o_NID, LowRank):
+        added = linear(merge_heads(out_BTNI, o_NID.a), o_NID.b) * o_NID.scale
+        return merge_heads(out_BTNI, o_NID.base, matmul) + added
     o_XD = o_NID
     if not isinstance(o_NID, Quantized):
         o_XD = o_NID.astype(out_BTNI.dtype).reshape(-1, o_NID.shape[-1])
     return linear(out_BTNI.reshape(*out_BTNI.shape[:2], -1), o_XD, matmul)
 
 
-def on_own_weight(rows: Float[Array, "*E M D"], weight: Float[Array, "*E D F"] | Quantized, matmul: Matmul) -> Array:
+def on_own_weight(rows: Float[Array, "*E M D"], weight: Weight, matmul: Matmul) -> Array:
     """`[*E, M, F]`: the rows of each expert times its weight."""
+    if isinstance(weight, LowRank):
+        return on_own_weight(rows, weight.base, matmul) + (rows @ weight.a) @ weight.b * weight.scale
     if isinstance(weight, Quantized):
         out = jnp.matmul(rows, weight.values.astype(rows.dtype), preferred_element_type=jnp.float32)
         return (out * weight.scale).astype(rows.dtype)
@@ -130,7 +139,7 @@ def on_own_weight(rows: Float[Array, "*E M D"], weight: Float[Array, "*E D F"] |
 
 def by_groups(
     rows_SX: Array,
-    weight_EDF: Float[Array, "E D F"] | Quantized,
+    weight_EDF: Weight,
     sizes_E: Int[Array, " E"],
     expert_S: Int[Array, " S"],
     matmul: Matmul,
@@ -142,6 +151,9 @@ def by_groups(
     From `[S, D]` to `[S, F]`, or with `back` from `[S, F]` to `[S, D]`. In 8 bits an output channel has one scale for
     all experts.
     """
+    if isinstance(weight_EDF, LowRank):
+        out = by_groups(rows_SX, weight_EDF.base, sizes_E, expert_S, matmul, back=back)
+        return out + into(into(rows_SX, weight_EDF.a, sizes_E), weight_EDF.b, sizes_E) * weight_EDF.scale
     if isinstance(weight_EDF, Quantized):
         out = _product(rows_SX, weight_EDF.values, sizes_E, (1, 2 if back else 1), True)
         scale_EX = weight_EDF.scale[..., 0] if back else weight_EDF.scale[:, 0]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,16 @@ from model.checkpoint.checkpoints import Checkpoints
 from model.config import ModelConfig
 from model.hf.placing import Progress, Shardings
 from model.hf.reading import Checkpoint
+from model.lora import BASE, merge
+from model.lora_config import LoraConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from model.tree import Skeleton, list_names, make_skeleton, unstack
 from sharding.mesh import MeshConfig, make_mesh
 from sharding.rules import DECODE, Table, array_sharding
 from sharding.runtime import default_dtype
+
+T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -44,7 +48,7 @@ class RunSource:
 
     def __init__(self, path: Path):
         self.path = run_directory(path)
-        self.config = read_config(self.path)
+        self.config, self.lora = read_config(self.path), read_lora(self.path)
         self.checkpoints = Checkpoints(self.path / "checkpoints", keep=1)
         step = self.checkpoints.latest_good(warn)
         if step is None:
@@ -58,7 +62,7 @@ class RunSource:
     def weights(self, shardings: Shardings, dtype: Any, progress: Progress | None = None) -> dict[str, jax.Array]:
         """As `Source.weights`; arrays that the run holds stacked are cut into layers on the device."""
         saved = self.checkpoints.leaves(self.step)
-        forms = {stacked: make_skeleton(self.config, stacked=stacked) for stacked in (False, True)}
+        forms = {stacked: self._form(stacked) for stacked in (False, True)}
         fitting = [stacked for stacked, form in forms.items() if _fits(form, saved)]
         if not fitting:
             raise UserError(f"checkpoint {self.step} of {self.path} is of another architecture than its config.json")
@@ -67,16 +71,36 @@ class RunSource:
         for name, shape in skeleton.shapes.items():
             kind = "params" if name in skeleton.weights else "extra"
             own = list_names(name, self.config) if fitting[0] else [name]
-            sharding = shardings[own[0]] if len(own) == 1 else _over_layers(shardings[own[0]])
+            sharding = _layout_of(own[0], shardings)
+            sharding = sharding if len(own) == 1 else _over_layers(sharding)
             path = f"{kind}.{name}"
             stored = saved[path].dtype if path in saved else jnp.float32
             asked[path] = jax.ShapeDtypeStruct(shape, stored, sharding=sharding)
         found = self.checkpoints.restore(self.step, asked, part=True)
         arrays = {name.partition(".")[2]: array for name, array in found.items()}
         arrays = unstack(arrays, self.config) if fitting[0] else arrays
+        if self.lora.rank:
+            arrays = merge(arrays, make_skeleton(self.config, stacked=False).sums, self.lora)
         if progress is not None:
             progress(sum(array.nbytes for array in arrays.values()))
         return {name: jnp.astype(array, dtype) for name, array in arrays.items()}
+
+    def _form(self, stacked: bool) -> Skeleton:
+        if not self.lora.rank:
+            return make_skeleton(self.config, stacked=stacked)
+        key = jax.random.key(0)
+        return Skeleton(jax.eval_shape(lambda: Transformer(self.config, key, stacked=stacked, lora=self.lora)))
+
+
+def _layout_of(name: str, shardings: Shardings) -> jax.sharding.Sharding:
+    """Where an array goes; the parts of an adapter go everywhere where the arrays of the model go."""
+    plain = name.removesuffix(BASE)
+    if plain in shardings:
+        return shardings[plain]
+    some = next(iter(shardings.values()))
+    if isinstance(some, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(some.mesh, jax.sharding.PartitionSpec())
+    return some
 
 
 def _fits(form: Skeleton, saved: Mapping[str, Any]) -> bool:
@@ -132,9 +156,23 @@ def run_directory(path: str | Path) -> Path:
 
 def read_config(run: Path) -> ModelConfig:
     """The model of a run, from its `config.json`. Raises UserError where that is damaged."""
+    return _read(run, lambda values: ModelConfig.from_dict(values["model"], str(run / "config.json")))
+
+
+def read_lora(run: Path) -> LoraConfig:
+    """The adapters of a run, from its `config.json`. Raises UserError where that is damaged."""
+
+    def parse(values: dict[str, Any]) -> LoraConfig:
+        given: dict[str, Any] = values.get("lora", {})
+        fields: dict[str, Any] = {name: tuple(value) if name == "targets" else value for name, value in given.items()}
+        return LoraConfig(**fields)
+
+    return _read(run, parse)
+
+
+def _read(run: Path, parse: Callable[[dict[str, Any]], T]) -> T:
     try:
-        values = json.loads((run / "config.json").read_text())["run"]["model"]
-        return ModelConfig.from_dict(values, str(run / "config.json"))
+        return parse(json.loads((run / "config.json").read_text())["run"])
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as exc:
         raise UserError(
             f"{run / 'config.json'} is damaged ({exc}); `qmax train` writes it, and --resume again"

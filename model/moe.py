@@ -15,6 +15,8 @@ from model.expert_weights import Experts
 from model.experts import on_received_rows, run_experts
 from model.layers import FeedForward, Keys, weight
 from model.linear import Matmul
+from model.lora import Adapted
+from model.quantization import Quantized
 from sharding.expert_parallel import left_out, spread_experts
 from sharding.mesh import Exchange, platform
 from sharding.rules import DECODE, TRAIN, constrain
@@ -95,6 +97,12 @@ def route(
     return ids_MC, weights_MC, stats
 
 
+def axes_of(leaf: Any) -> Any:
+    """The logical axes of a weight; of one that is made of several arrays, in their places."""
+    axes, value = leaf.get_metadata()["axes"], leaf[...]
+    return Quantized(axes, axes, value.outputs) if isinstance(value, Quantized) else axes
+
+
 class MoE(nnx.Module):
     """A routed SwiGLU, with an optional shared expert that every token passes through."""
 
@@ -122,6 +130,8 @@ class MoE(nnx.Module):
         On TPUs one grouped product then reads the rows once, and their gradient is one product, not a sum of two.
         """
         mesh = jax.sharding.get_abstract_mesh()
+        if isinstance(self.gate_EDF, Adapted) or isinstance(self.up_EDF, Adapted):
+            return
         if platform() == "cpu" or "fsdp" not in mesh.manual_axes or mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] > 1:
             return
         both_EDX = jnp.concatenate([self.gate_EDF[...], self.up_EDF[...]], axis=-1)
@@ -157,7 +167,7 @@ class MoE(nnx.Module):
                 ids_MC,
                 weights_MC.astype(dtype),
                 {name: leaf[...].astype(dtype) for name, leaf in leaves.items()},
-                axes={name: leaf.get_metadata()["axes"] for name, leaf in leaves.items()},
+                axes={name: axes_of(leaf) for name, leaf in leaves.items()},
                 table=TRAIN if training else DECODE,
                 exchange=exchange,
                 compute=lambda x, ids, weights, params, shards: run_experts(

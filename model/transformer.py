@@ -16,12 +16,18 @@ from model.latent_attention import LatentAttention
 from model.layers import FeedForward, Keys, RMSNorm, weight
 from model.linear import Matmul, check_installed, linear
 from model.linear_attention import GatedDeltaNet
+from model.lora import adapt, freeze
+from model.lora_config import LoraConfig
 from model.moe import MoE, RouterStats
 from sharding.data_parallel import gather, keep_all_but_gathered
 from sharding.mesh import ContextExchange, Exchange
 from sharding.rules import constrain
 
 Remat = Literal["none", "block", "dots"]
+NO_ADAPTERS = LoraConfig()
+LORA_KEY = 2**31 - 1
+"""Folded into a layer's key it gives that of its adapters, far from those of its weights."""
+
 Module = TypeVar("Module", bound=nnx.Module)
 
 
@@ -154,10 +160,12 @@ def stack_plan(config: ModelConfig, stacked: bool) -> list[tuple[tuple[int, ...]
 class Stack(nnx.Module):
     """`repeats` times a pattern of blocks; with more than one repeat every leaf has a leading layer axis."""
 
-    def __init__(self, config: ModelConfig, pattern: tuple[int, ...], repeats: int, key: Array):
+    def __init__(self, config: ModelConfig, pattern: tuple[int, ...], repeats: int, key: Array, lora: LoraConfig):
         def block(first: int, repeat: int | Array) -> Block:
             layer_key = jax.random.fold_in(key, first + repeat * len(pattern))
-            return Block(config, first, Keys(layer_key))
+            made = Block(config, first, Keys(layer_key))
+            adapt(made, lora, jax.random.fold_in(layer_key, LORA_KEY))
+            return made
 
         if repeats == 1:
             blocks = [block(layer, 0) for layer in pattern]
@@ -212,6 +220,7 @@ class Transformer(nnx.Module):
         context_exchange: how queries meet keys on other devices, see `sharding.context_parallel`.
         cut_over_data: how weights lie while training, see `sharding.rules`.
         matmul: how weights are multiplied while training, see `model.linear`.
+        lora: adapters that are trained in the place of weights, if any.
     """
 
     def __init__(
@@ -226,6 +235,7 @@ class Transformer(nnx.Module):
         context_exchange: ContextExchange = "ring",
         cut_over_data: bool = False,
         matmul: Matmul = "plain",
+        lora: LoraConfig = NO_ADAPTERS,
     ):
         check_installed(matmul)
         V, D = config.vocab_size, config.hidden_size
@@ -234,7 +244,7 @@ class Transformer(nnx.Module):
         # it: the load is even from the start. As an output head it has to be small.
         self.embedding_VD = weight(keys, (V, D), ("vocab", "columns"), D if config.tie_embeddings else 1, sums=(1,))
         self.stacks = nnx.List(
-            [Stack(config, pattern, repeats, key) for pattern, repeats in stack_plan(config, stacked)]
+            [Stack(config, pattern, repeats, key, lora) for pattern, repeats in stack_plan(config, stacked)]
         )
         self.norm = RMSNorm(D, config.norm_eps, config.norm)
         own = Keys(jax.random.fold_in(key, config.num_layers + 1))
@@ -248,6 +258,8 @@ class Transformer(nnx.Module):
         self.context_exchange: ContextExchange = context_exchange
         self.cut_over_data = cut_over_data
         self.matmul: Matmul = matmul
+        if lora.rank:
+            freeze(self)
 
     def head(self) -> Float[Array, "D V"]:
         """The output head; the transposed embedding when they are tied."""

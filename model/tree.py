@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.config import ModelConfig
+from model.lora import Frozen
 from model.transformer import Transformer, stack_plan
 
 Arrays = dict[str, jax.Array]
@@ -46,6 +47,11 @@ class Skeleton:
         return nnx.merge(self.graphdef, *filled)
 
     @property
+    def frozen(self) -> set[str]:
+        """Paths of weights that are not trained, see `model.lora`."""
+        return {name for name, (_, leaf) in self._state.items() if isinstance(leaf, Frozen)}
+
+    @property
     def weights(self) -> set[str]:
         """Paths of the weights, without the other state."""
         return set(self._weights)
@@ -59,7 +65,8 @@ class Skeleton:
     @property
     def sums(self) -> dict[str, tuple[int, ...]]:
         """Of each weight that products take in 8 bits, the dimensions that they sum over, its own layer alone."""
-        return {name: own for name, (_, leaf) in self._weights.items() if (own := leaf.get_metadata().get("sums"))}
+        leaves = {**self._weights, **self._state}
+        return {name: own for name, (_, leaf) in leaves.items() if (own := leaf.get_metadata().get("sums"))}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -22,7 +22,7 @@ from jax import shard_map
 from jax.sharding import PartitionSpec as P
 
 from sharding.mesh import BATCH_AXES, Exchange
-from sharding.rules import Table, in_shape, spec, without
+from sharding.rules import Table, in_shape, names_of, spec, without
 
 BUFFER_FACTOR = 1.25
 """Rows of a buffer as a multiple of an even load; what does not fit goes in a further round, or through blocks."""
@@ -86,7 +86,7 @@ def spread_experts(
     weights_MC: jax.Array,
     params: Params,
     *,
-    axes: Mapping[str, tuple[str | None, ...]],
+    axes: Mapping[str, Any],
     table: Table,
     exchange: Exchange,
     compute: Compute,
@@ -98,7 +98,7 @@ def spread_experts(
     or `gspmd` is asked for, the compiler lays it out.
 
     Args:
-        axes: logical axes of each of `params`.
+        axes: logical axes of each of `params`; of one that is made of several arrays, those of each in its place.
         table: where they lie.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -110,17 +110,23 @@ def spread_experts(
     experts = len(next(iter(params.values()))) * (shards if "expert" in own else 1)
     kind = chosen(exchange, shards, ids_MC.shape[1])
     divides = experts % shards == 0 and len(x_MD) % prod(mesh.shape[axis] for axis in BATCH_AXES if axis in left) == 0
-    cut = {name: without(spec(axes[name], table), own) for name in params}
-    specs = {name: jax.tree.map(lambda a, p=cut[name]: in_shape(p, a.shape), leaf) for name, leaf in params.items()}
+    specs = {
+        name: jax.tree.map(lambda a, axes: in_shape(without(spec(axes, table), own), a.shape), leaf, axes[name])
+        for name, leaf in params.items()
+    }
     # Weights that are still cut over fsdp are for the compiler to gather.
-    if not divides or (not own and (kind == "gspmd" or any("fsdp" in one for one in cut.values()))):
+    cut = {
+        name for one in jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, P)) for n in one for name in names_of(n)
+    }
+    if not divides or (not own and (kind == "gspmd" or "fsdp" in cut)):
         return compute(x_MD, ids_MC, weights_MC, params, 1)
     rows = P() if own else P(BATCH_AXES, None)
 
     def local(x_mD: jax.Array, ids_mC: jax.Array, weights_mC: jax.Array, params: Params) -> jax.Array:
         # Every shard of the width has the whole of a weight that is not cut along it: one of them adds it.
         first = jax.lax.axis_index("tensor") == 0
-        params = {name: leaf if "mlp" in axes[name] else jnp.where(first, leaf, 0) for name, leaf in params.items()}
+        whole = {name for name, own in axes.items() if isinstance(own, tuple) and "mlp" not in own}
+        params = {name: jnp.where(first, leaf, 0) if name in whole else leaf for name, leaf in params.items()}
         if kind in ("all_to_all", "dropping"):
             capacity = send_rows(ids_mC.shape, experts)
             y_mD = _all_to_all(x_mD, ids_mC, weights_mC, params, apply, capacity, kind == "dropping")

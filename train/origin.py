@@ -21,6 +21,7 @@ from configs.run import Run
 from errors import UserError
 from model.config import LatentAttentionConfig, LinearAttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from model.load import Source, layout, open_model
+from model.lora import BASE
 from model.tokenizer import Tokenizer
 from model.tree import Arrays, Skeleton, list_names, make_skeleton, stack, unstack
 from sharding.rules import TRAIN
@@ -136,6 +137,10 @@ class Origin:
             for name, axis in vocabulary_axes(skeleton).items():
                 found[name] = grow(found[name], initial[name], new, axis)
         stacked = is_stacked(run)
+        if run.lora.rank:
+            adapted = {name.removesuffix(BASE) for name in skeleton.frozen if name.endswith(BASE)}
+            adapted = {own for name in adapted for own in (list_names(name, run.model) if stacked else [name])}
+            found = {name + BASE if name in adapted else name: leaf for name, leaf in found.items()}
         first = {name: list_names(name, run.model)[0] if stacked else name for name in initial}
         left = {name: array for name, array in initial.items() if first[name] not in found}
         initial.clear()
@@ -148,13 +153,14 @@ class Origin:
         self, run: Run, skeleton: Skeleton, state: TrainState, mesh: jax.sharding.Mesh, new: NewRows
     ) -> TrainState:
         """`state` with the source's weights and selection biases in place of its own."""
-        dtypes = {name: array.dtype for name, array in state.params.items()}
         initial = {**state.params, **state.extra}
+        dtypes, trained = {name: array.dtype for name, array in initial.items()}, state.params.keys()
         state = replace(state, params={}, extra={})
         found = self.weights(run, skeleton, initial, mesh, new)
         # One by one: no more than one weight is there in float32 and as it is stored.
-        params = {name: found.pop(name).astype(dtype) for name, dtype in dtypes.items()}
-        return replace(state, params=params, extra=found)
+        arrays = {name: found.pop(name).astype(dtype) for name, dtype in dtypes.items()}
+        params = {name: arrays.pop(name) for name in trained}
+        return replace(state, params=params, extra=arrays)
 
 
 def vocabulary_axes(skeleton: Skeleton) -> dict[str, int]:

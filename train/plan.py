@@ -148,7 +148,9 @@ def work(run: Run, args: Any) -> tuple[int, float]:
     """Tokens of a step, and the floating-point operations that it is for."""
     if args.mode == "train":
         tokens, length = run.data.batch_size * run.data.sequence_length, run.data.sequence_length
-        return tokens, 3 * tokens * run.model.flops_per_token(length / 2)
+        # Of weights that are not trained no gradient is made: a third less.
+        passes = 2 if run.lora.rank else 3
+        return tokens, passes * tokens * run.model.flops_per_token(length / 2)
     if args.mode == "prefill":
         return args.rows * args.context, args.rows * args.context * run.model.flops_per_token(args.context / 2)
     return args.rows, args.rows * run.model.flops_per_token(args.context)

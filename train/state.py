@@ -24,7 +24,8 @@ from train.optimizer import is_matrix
 class TrainState:
     """Everything that decides the next step, besides the data.
 
-    params: weights by path, of the types of `parameter_dtypes`. extra: selection biases by path. opt: the optimizer's
+    params: weights that are trained, by path, of the types of `parameter_dtypes`. extra: those that are not, and
+    selection biases. opt: the optimizer's
     state. step: steps done. norm_mean: running mean of gradient norms, for the spike guard. bad_steps: steps skipped
     in a row. skipped: steps skipped in all.
     """
@@ -62,6 +63,7 @@ def build_model(run: Run, key: Array) -> Transformer:
         context_exchange=run.mesh.context_exchange,
         cut_over_data=run.mesh.cut_over_data,
         matmul=run.matmul,
+        lora=run.lora,
     )
 
 
@@ -73,8 +75,8 @@ def make_skeleton(run: Run) -> Skeleton:
 def parameter_dtypes(skeleton: Skeleton, dtype: Any) -> dict[str, jnp.dtype]:
     """The type of each weight where matrices are of `dtype`: all else is in float32.
 
-    Else are vectors (norms, biases, those of each expert too) and the router, whose close scores decide where tokens
-    go: few numbers, and the most sensitive ones.
+    Else are vectors (norms, biases, those of each expert too), the router, whose close scores decide where tokens go,
+    and adapters: few numbers, and the most sensitive ones.
     """
 
     def coarse(axes: tuple[str | None, ...]) -> bool:
@@ -82,8 +84,11 @@ def parameter_dtypes(skeleton: Skeleton, dtype: Any) -> dict[str, jnp.dtype]:
         return is_matrix(own) and "router" not in own
 
     axes = skeleton.axes
-    stored = jnp.dtype(dtype)
-    return {name: stored if coarse(axes[name]) else jnp.dtype("float32") for name in skeleton.weights}
+    stored, frozen = jnp.dtype(dtype), skeleton.frozen
+    return {
+        name: stored if coarse(axes[name]) and name in (frozen or skeleton.weights) else jnp.dtype("float32")
+        for name in skeleton.weights | frozen
+    }
 
 
 def initial_state(run: Run, skeleton: Skeleton, optimizer: optax.GradientTransformation) -> TrainState:
@@ -93,7 +98,7 @@ def initial_state(run: Run, skeleton: Skeleton, optimizer: optax.GradientTransfo
     # One buffer per counter: the state is donated, and a buffer can be given away only once.
     return TrainState(
         {name: array.astype(dtypes[name]) for name, array in params.items()},
-        extra,
+        {name: array.astype(dtypes.get(name, array.dtype)) for name, array in extra.items()},
         optimizer.init(params),
         step=jnp.zeros((), jnp.int32),
         norm_mean=jnp.zeros((), jnp.float32),
