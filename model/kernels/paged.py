@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from model.kernels import exact_products
 
 LANES = 128
-"""The width of heads that the kernel takes."""
+"""Widths of heads that the kernel takes are multiples of this."""
 
 VMEM = 32 * 2**20
 """Bytes of its fast memory that the kernel may take; with the default 64 heads do not fit."""
@@ -24,7 +24,7 @@ BLOCK, QUERIES = 2**21, 32
 
 def fits(width: int) -> bool:
     """Whether the kernel takes heads of this width."""
-    return width == LANES
+    return width % LANES == 0
 
 
 def arguments(
