@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GROUND = {"errors", "terminal"}
 FLOORS = ("sharding", "model", "serve", "train")
 """Each may import those before it."""
-CONFIG_IMPORTS = {"configs", "errors", "model.config", "model.sizes", "sharding.mesh"}
+CONFIG_IMPORTS = {"configs", "errors", "model.config", "model.lora_config", "model.sizes", "sharding.mesh"}
 WITHOUT_JAX = ("serve/scheduler.py", "serve/pages.py", "model/config.py", "configs/run.py", "configs/override.py")
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "sentencepiece", "tokenizers", "tensorboardX", "pyarrow"}
 FILE_LINES, FUNCTION_LINES = 450, 80
