@@ -95,7 +95,7 @@ def linear(x: Float[Array, "*B D"], weight: Weight, matmul: Matmul = "plain") ->
             `(s sum|w| + t sum|x|) / 2 + D s t / 4`, where s and t are 2/255 of the largest |x| and |w| in the sum.
     """
     if isinstance(weight, LowRank):
-        return linear(x, weight.base, matmul) + linear(linear(x, weight.a), weight.b) * weight.scale
+        return linear(x, weight.base, matmul) + linear(x @ weight.a.astype(x.dtype).T, weight.b) * weight.scale
     if isinstance(weight, Quantized):
         return in_float32(x, weight).astype(x.dtype).reshape(*x.shape[:-1], *weight.outputs)
     weight = weight.astype(x.dtype)
@@ -116,7 +116,8 @@ def merge_heads(out_BTNI: Float[Array, "B T N I"], o_NID: Weight, matmul: Matmul
     A plain product: as an einsum over two dimensions XLA transposes the weight at every decode step.
     """
     if isinstance(o_NID, LowRank):
-        added = linear(merge_heads(out_BTNI, o_NID.a), o_NID.b) * o_NID.scale
+        a_RX = o_NID.a.astype(out_BTNI.dtype).reshape(len(o_NID.a), -1)
+        added = linear(out_BTNI.reshape(*out_BTNI.shape[:2], -1) @ a_RX.T, o_NID.b) * o_NID.scale
         return merge_heads(out_BTNI, o_NID.base, matmul) + added
     o_XD = o_NID
     if not isinstance(o_NID, Quantized):
@@ -127,7 +128,7 @@ def merge_heads(out_BTNI: Float[Array, "B T N I"], o_NID: Weight, matmul: Matmul
 def on_own_weight(rows: Float[Array, "*E M D"], weight: Weight, matmul: Matmul) -> Array:
     """`[*E, M, F]`: the rows of each expert times its weight."""
     if isinstance(weight, LowRank):
-        return on_own_weight(rows, weight.base, matmul) + (rows @ weight.a) @ weight.b * weight.scale
+        return on_own_weight(rows, weight.base, matmul) + (rows @ weight.a.mT) @ weight.b * weight.scale
     if isinstance(weight, Quantized):
         out = jnp.matmul(rows, weight.values.astype(rows.dtype), preferred_element_type=jnp.float32)
         return (out * weight.scale).astype(rows.dtype)
@@ -153,7 +154,7 @@ def by_groups(
     """
     if isinstance(weight_EDF, LowRank):
         out = by_groups(rows_SX, weight_EDF.base, sizes_E, expert_S, matmul, back=back)
-        return out + into(into(rows_SX, weight_EDF.a, sizes_E), weight_EDF.b, sizes_E) * weight_EDF.scale
+        return out + into(out_of(rows_SX, weight_EDF.a, sizes_E), weight_EDF.b, sizes_E) * weight_EDF.scale
     if isinstance(weight_EDF, Quantized):
         out = _product(rows_SX, weight_EDF.values, sizes_E, (1, 2 if back else 1), True)
         scale_EX = weight_EDF.scale[..., 0] if back else weight_EDF.scale[:, 0]

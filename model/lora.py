@@ -31,13 +31,13 @@ class Frozen(nnx.Variable):
 class LowRank:
     """A weight with its adapter; where `linear` and its kin take a weight, they take this too.
 
-    base: the weight. a: from what products sum over to the rank. b: from the rank to the outputs. For experts each has
-    their dimension in front.
+    base: the weight. a: from what products sum over to the rank. b: from the rank to the outputs. In both the rank comes
+    first, behind the experts: as the last dimension a TPU fills it up to 128.
     """
 
     base: Float[Array, "*S"] | Quantized
-    a: Float[Array, "*I R"]
-    b: Float[Array, "R *O"]
+    a: Float[Array, "*E R *I"]
+    b: Float[Array, "*E R *O"]
     scale: float = struct.field(pytree_node=False)
 
     @property
@@ -79,11 +79,11 @@ class Adapted(nnx.Module):
             return tuple(of[i] for i in dimensions)
 
         bound = prod(part(sums, shape)) ** -0.5
-        size = (*part(experts, shape), *part(sums, shape), config.rank)
+        size = (*part(experts, shape), config.rank, *part(sums, shape))
         drawn = jax.random.uniform(key, size, jnp.float32, -bound, bound)
         empty = jnp.zeros((*part(experts, shape), config.rank, *part(outputs, shape)), jnp.float32)
         self.base = Frozen(weight[...], axes=axes, sums=sums)
-        self.a = nnx.Param(drawn, axes=(*part(experts, axes), *part(sums, axes), None))
+        self.a = nnx.Param(drawn, axes=(*part(experts, axes), None, *part(sums, axes)))
         self.b = nnx.Param(empty, axes=(*part(experts, axes), None, *part(outputs, axes)))
         self.scale = config.scale
 
@@ -138,8 +138,8 @@ def merge(arrays: Mapping[str, Array], sums: Mapping[str, tuple[int, ...]], conf
 def _merged(base: Array, a: Array, b: Array, sums: tuple[int, ...], scale: float) -> Array:
     dtype = base.dtype
     if 0 in sums:
-        product = jnp.tensordot(a, b, 1)
+        product = jnp.tensordot(a, b, ((0,), (0,)))
     else:
-        product = jnp.einsum("eir,ero->eio", a, b)
+        product = jnp.einsum("eri,ero->eio", a, b)
         product = product.mT if sums == (2,) else product
     return (base.astype(jnp.float32) + scale * product).astype(dtype)

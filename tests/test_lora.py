@@ -74,8 +74,8 @@ def test_gradients_are_those_of_the_weights_carried_over(kind: str) -> None:
             d_weight = d_weight.reshape(a.size // rank, -1)[None]
         elif over == (2,):
             d_weight = d_weight.swapaxes(1, 2)
-        a_XIR, b_XRO = a.reshape(len(d_weight), -1, rank), b.reshape(len(d_weight), rank, -1)
-        d_a, d_b = LORA.scale * d_weight @ b_XRO.swapaxes(1, 2), LORA.scale * a_XIR.swapaxes(1, 2) @ d_weight
+        a_XRI, b_XRO = (factor.reshape(len(d_weight), rank, -1) for factor in (a, b))
+        d_a, d_b = LORA.scale * b_XRO @ d_weight.swapaxes(1, 2), LORA.scale * a_XRI @ d_weight
         for part, by_hand in (("a", d_a), ("b", d_b)):
             difference = np.abs(found[f"{name}.{part}"].reshape(by_hand.shape) - by_hand).max()
             # The merged weight is rounded, which a gradient magnifies: most of all that of Gated DeltaNet's keys.
