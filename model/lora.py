@@ -31,8 +31,8 @@ class Frozen(nnx.Variable):
 class LowRank:
     """A weight with its adapter; where `linear` and its kin take a weight, they take this too.
 
-    base: the weight. a: from what products sum over to the rank. b: from the rank to the outputs. In both the rank comes
-    first, behind the experts: as the last dimension a TPU fills it up to 128.
+    base: the weight. a: from what products sum over to the rank. b: from the rank to the outputs. In both the rank
+    comes first, behind the experts: as the last dimension a TPU fills it up to 128.
     """
 
     base: Float[Array, "*S"] | Quantized
