@@ -263,8 +263,8 @@ def check_model(run: Run) -> None:
     own, taps = run.data.sequence_length // run.mesh.context, run.model.linear.conv_kernel
     if run.mesh.context > 1 and "linear" in run.model.attention_pattern and own < taps - 1:
         raise UserError(
-            f"data.sequence_length={run.data.sequence_length} over mesh.context={run.mesh.context} leaves {own} tokens to "
-            f"a device, and the convolutions of linear layers look back over {taps - 1}"
+            f"data.sequence_length={run.data.sequence_length} over mesh.context={run.mesh.context} leaves {own} tokens "
+            f"to a device, and the convolutions of linear layers look back over {taps - 1}"
         )
     if run.loss.bias_update_rate and not run.model.moe.selection_bias:
         raise UserError("loss.bias_update_rate needs model.moe.selection_bias true")
