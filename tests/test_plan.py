@@ -22,7 +22,7 @@ from sharding.topology import BETWEEN_SLICES, find_chip
 from tests.tiny import MOE, make_run
 from train.hlo import Collective, Kernel, read_program
 from train.plan import does_not_fit
-from train.plan_programs import largest_places
+from train.plan_programs import heap, largest_places
 from train.plan_search import meshes, rough_seconds
 from train.plan_time import Time, costs, kernel_flops, seconds_of
 
@@ -174,9 +174,17 @@ def test_meshes_to_search_divide_what_they_cut() -> None:
 
 
 def test_what_does_not_fit_is_one_sentence() -> None:
-    report = """    4.75GiB( 13%);    4.75GiB;  15056977920;                9; 4xbf16[16,2560,2560], 5xf32[8192,155648]
-    8.75GiB( 23%);    4.00GiB;  10762010624;                5; 5xbf16[64,1,4096,8192]"""
-    largest = largest_places(report)
+    report = """Memory Space: default (color=0)
+  cumulative_size;       size;       offset; used_by_n_values; shapes_list
+    4.75GiB( 13%);    4.75GiB;  15056977920;                9; 4xbf16[16,2560,2560], 5xf32[8192,155648]
+    8.75GiB( 23%);    4.00GiB;  10762010624;                5; 5xbf16[64,1,4096,8192]
+
+  cumulative_size;       size;       offset; used_by_n_values; shapes_list
+    2.00GiB(100%);    2.00GiB;            0;                1; f32[8192,65536]
+Memory Space: vmem (color=1)
+"""
+    assert heap(report) == 15056977920 + int(4.75 * 2**30)  # an argument, which has its place to itself, is none of it
+    largest = largest_places(report)[:2]
     assert largest == (
         (int(4.75 * 2**30), "4xbf16[16,2560,2560], 5xf32[8192,155648]"),
         (2**32, "5xbf16[64,1,4096,8192]"),

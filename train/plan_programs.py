@@ -144,10 +144,9 @@ def compile_program(program: Lowered) -> Compiled:
             if "RESOURCE_EXHAUSTED" not in str(exc) and "Oom" not in str(exc):
                 raise
             fits, text = False, _dumped(directory, "after_optimizations.txt")
-            needed = re.search(r"(?:temporaries \(|[Uu]sed )([\d.]+)([KMGT]?)", str(exc))
-            if needed:
-                temporary = int(float(needed[1]) * 2 ** UNITS[needed[2]])
-                peak = temporary + sum(program.held.values())
+            # What the message calls temporaries holds arguments too, or not, depending on what was too much.
+            temporary = heap(_dumped(directory, "memory-usage-report.txt"))
+            peak = None if temporary is None else temporary + sum(program.held.values())
         else:
             memory, text = compiled.memory_analysis(), compiled.as_text()
             temporary = memory.temp_size_in_bytes
@@ -166,8 +165,19 @@ def _dumped(directory: str, name: str) -> str:
     return found[-1].read_text(errors="replace") if found else ""
 
 
+PLACE = re.compile(r"\(\s*\d+%\);\s+([\d.]+)([KMGT]?)iB;\s+(\d+);\s+(\d+);\s+(.*)")
+"""A place in memory in the compiler's report: how much, from which byte on, of how many arrays, and of which."""
+
+
+def heap(report: str) -> int | None:
+    """Bytes of what lives within a step, of a memory report: up to the end of the last place that arrays share."""
+    main = report.partition("Memory Space:")[2].partition("Memory Space:")[0]
+    sections = [[*PLACE.finditer(part)] for part in main.split("cumulative_size")[1:]]
+    ends = [int(m[3]) + int(float(m[1]) * 2 ** UNITS[m[2]]) for rows in sections if len(rows) > 1 for m in rows]
+    return max(ends, default=0) if sections else None
+
+
 def largest_places(report: str) -> tuple[tuple[int, str], ...]:
     """The first places of a memory report, the largest of them first."""
-    line = re.compile(r"\(\s*\d+%\);\s+([\d.]+)([KMGT]?)iB;\s+\d+;\s+\d+;\s+(.*)")
-    rows = [(int(float(m[1]) * 2 ** UNITS[m[2]]), m[3].strip()) for m in line.finditer(report)]
+    rows = [(int(float(m[1]) * 2 ** UNITS[m[2]]), m[5].strip()) for m in PLACE.finditer(report)]
     return tuple(sorted(rows, key=lambda row: -row[0])[:5])
