@@ -27,17 +27,24 @@ MAXTEXT = {
 }
 """For plans that MaxText can make too: its names of model and chips, ours of the chips, fsdp and expert."""
 
-V6E = "--slices 4 --mesh.data 4 --mesh.fsdp 16 --data.batch-size 1024 --data.sequence-length 2048"
+SLICES = "--topology v6e:16x16 --slices 4 --mesh.data 4 --mesh.fsdp 16 --mesh.cut-over-data true"
+V6E = f"{SLICES} --data.batch-size 1024 --data.sequence-length 2048"
+INT8 = "--mode decode --weights int8 --mesh.fsdp 1"
+SMALL = "--rows 64 --mesh.expert 8 --mesh.tensor 4"
+LORA = "--lora.rank 16 --parameter-dtype bfloat16 --mesh.fsdp 8 --data.batch-size 128"
 PLANS: dict[str, tuple[str, float | None]] = {
     "30B-A3B, v5p-32": ("qwen3_30b_a3b.py --topology v5p:2x2x4", None),
     "30B-A3B, v6e-64": ("qwen3_30b_a3b.py --topology v6e:8x8 --mesh.fsdp 16 --data.batch-size 64", None),
     "235B-A22B, v5p-256": ("qwen3_235b_a22b.py --topology v5p:4x4x8", None),
     "235B-A22B, tpu7x-128": ("qwen3_235b_a22b.py --topology tpu7x:4x4x4", None),
     "1T, v5p 2,048 chips": ("qwen3_max_1t.py --topology v5p:8x16x16", 24),
-    "1T, v6e 4 x 256": (f"qwen3_max_1t.py --topology v6e:16x16 {V6E} --parameter-dtype bfloat16", 30),
+    "1T, v6e 4 x 256": (f"qwen3_max_1t.py {V6E}", 30),
     "1T, tpu7x 256 chips": ("qwen3_max_1t.py --topology tpu7x:4x8x8 --mesh.fsdp 32 --data.batch-size 512", 45),
     "1T with 4 layers, v5p 2,048 chips": ("qwen3_max_1t.py --topology v5p:8x16x16 --model.num-layers 4", None),
+    "1T decoding, int8, v5p 64 chips": (f"qwen3_max_1t.py --topology v5p:4x4x4 {INT8} --mesh.tensor 4", None),
     "2.4T-A95B, v5p 512 chips": ("qwen3_8_max.py --topology v5p:8x8x8", None),
+    "2.4T-A95B, LoRA, v5p 128 chips": (f"qwen3_8_max.py --topology v5p:4x4x8 {LORA}", None),
+    "2.4T-A95B decoding, int8, v5p 32 chips": (f"qwen3_8_max.py --topology v5p:2x4x4 {INT8} {SMALL}", None),
     "30B-A3B, 262,144 tokens": ("qwen3_30b_long.py --topology v5p:4x4x4", None),
 }
 """Words after `qmax plan configs/`, and the most GiB per device that the step should need."""

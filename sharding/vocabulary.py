@@ -85,7 +85,8 @@ def on_own_logits(
         d_hidden, d_head = found
         if together:
             d_hidden = jax.lax.psum_scatter(d_hidden, "expert", tiled=True)
-        d_head = jax.lax.psum_scatter(d_head, "fsdp", tiled=True)
+        # In the type of the activations, as gradients of other weights travel.
+        d_head = jax.lax.psum_scatter(d_head.astype(hidden_btD.dtype), "fsdp", tiled=True)
         return sums, (jax.lax.psum(d_hidden, "tensor"), jax.lax.psum(d_head, rest))
 
     head = P("fsdp", parts)
