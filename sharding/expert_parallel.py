@@ -142,8 +142,11 @@ def spread_experts(
 def _ring(x_mD: jax.Array, ids_mC: jax.Array, weights_mC: jax.Array, params: Params, compute: Compute) -> jax.Array:
     """The tokens of all shards come here, and what our experts add to them goes back."""
     experts = len(next(iter(params.values())))
-    x_MD, ids_MC, weights_MC = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x_mD, ids_mC, weights_mC))
-    own_MC = ids_MC - jax.lax.axis_index("expert") * experts
+    short = jnp.int16 if experts * jax.lax.axis_size("expert") < 2**15 else jnp.int32  # half of what travels
+    x_MD, ids_MC, weights_MC = (
+        jax.lax.all_gather(a, "expert", tiled=True) for a in (x_mD, ids_mC.astype(short), weights_mC)
+    )
+    own_MC = ids_MC.astype(jnp.int32) - jax.lax.axis_index("expert") * experts
     own_MC = jnp.where((own_MC >= 0) & (own_MC < experts), own_MC, experts)
     y_MD = compute(x_MD, own_MC, weights_MC, params, jax.lax.axis_size("expert"))
     return jax.lax.psum_scatter(y_MD, "expert", tiled=True)
