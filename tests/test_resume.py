@@ -185,7 +185,8 @@ def test_ctrl_c_in_a_terminal(config: Path, pretrained: Path, tmp_path: Path) ->
     assert hashes(out)[0] == stopped < STEPS
 
     said = ""
-    with start(config, out, *SHORT, "--resume") as second:
+    # More steps than it can do before it is told to stop, however late that is.
+    with start(config, out, *SHORT, "--steps", "100000", "--resume") as second:
         assert second.stderr is not None
         for line in second.stderr:
             said += line
