@@ -19,7 +19,7 @@ from sharding.mesh import BATCH_AXES, platform
 from sharding.rules import on_own_parts
 
 PAGE_SIZES = (128, 64)
-"""Positions of a page: the first that divides a capacity, or else a row is one page."""
+"""Positions of a page on TPUs: the first that divides a capacity, or else a row is one page; as it is elsewhere."""
 
 KEYS, PAIRS, TABLE = ("batch", "kv_heads", None, "head_dim"), ("batch", None, "kv_heads", "head_dim"), ("batch", None)
 """Logical axes of pages that are of keys or of values, of pages with both, and of what each row has a number of."""
@@ -33,6 +33,7 @@ class Cache:
     `empty_layer`; or, in a linear layer, its convolutions' inputs and its memory, for each row.
     lengths_B: positions filled in each row; the next token of row b goes to `lengths_B[b]`.
     table_BX: the pages of each row, in order, counted among those of its device. page: positions of each.
+    in_order: page b is that of row b, which has no other: nothing is copied to read it.
     empty: nothing was written yet, so that the first batch has only itself to attend to.
     """
 
@@ -40,6 +41,7 @@ class Cache:
     lengths_B: Int[Array, " B"]
     table_BX: Int[Array, "B X"]
     page: int = struct.field(pytree_node=False)
+    in_order: bool = struct.field(pytree_node=False, default=False)
     empty: bool = struct.field(pytree_node=False, default=False)
 
     @property
@@ -59,18 +61,20 @@ class Paging:
     lengths_B: Int[Array, " B"]
     table_BX: Int[Array, "B X"]
     page: int = struct.field(pytree_node=False)
+    in_order: bool = struct.field(pytree_node=False, default=False)
 
 
 def empty_cache(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) -> Cache:
     """A cache of `rows` rows with room for `capacity` positions, nothing filled; row after row has its own pages."""
-    page = next((size for size in PAGE_SIZES if capacity % size == 0), capacity)
+    sizes = PAGE_SIZES if platform() == "tpu" else ()
+    page = next((size for size in sizes if capacity % size == 0), capacity)
     count = capacity // page
     layers = tuple(empty_layer(config, layer, rows, rows * count, page, dtype) for layer in range(config.num_layers))
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     own_B = jnp.arange(rows, dtype=jnp.int32) % max(rows // shards, 1)
     table_BX = own_B[:, None] * count + jnp.arange(count, dtype=jnp.int32)
-    return Cache(layers, jnp.zeros(rows, jnp.int32), table_BX, page, empty=True)
+    return Cache(layers, jnp.zeros(rows, jnp.int32), table_BX, page, in_order=count == 1, empty=True)
 
 
 def empty_layer(
@@ -144,6 +148,8 @@ def _write(pages: Array, new_BTKH: Array, paging: Paging, axes: tuple, *, heads_
 
 def read(pages: Float[Array, "P K page H"], paging: Paging, heads: str | None) -> Float[Array, "B K S H"]:
     """All positions of each row, whether filled or not, copied from its pages."""
+    if paging.in_order:
+        return pages
 
     def local(pages: Array, table_BX: Array) -> Array:
         x = jnp.take(pages, table_BX, axis=0, mode="clip").swapaxes(1, 2)

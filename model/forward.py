@@ -133,7 +133,7 @@ def make_context(model: Transformer, batch: Batch, cache: Cache | None) -> Conte
     paging = None
     if cache is not None:
         index_BT = write_positions(cache.lengths_B, batch.segments_BT, cache.capacity)
-        paging = Paging(index_BT, cache.lengths_B, cache.table_BX, cache.page)
+        paging = Paging(index_BT, cache.lengths_B, cache.table_BX, cache.page, cache.in_order)
     if paging is None or cache is None or cache.empty:
         length = batch.tokens_BT.shape[1]
         index_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), batch.tokens_BT.shape)
