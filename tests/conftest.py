@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # The processes of pytest-xdist and the next run find what one of them has compiled. Subprocesses inherit it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+# A shell's background jobs ignore Ctrl-C, and so would the processes that tests start and stop with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The live matrix needs transformers and torch, which only its own environment has.
 collect_ignore = [] if os.environ.get("QMAX_PARITY") == "1" else ["parity"]
