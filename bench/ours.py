@@ -21,8 +21,8 @@ from bench.shapes import BYTES, LOSS_TOKENS, LOSS_VOCABULARY, SHAPES, Shape
 from bench.timing import Timings, matrix_rate, median, read_bandwidth
 from configs.run import DataConfig, Run
 from model.transformer import Transformer
-from serve.generate import Generator
-from serve.sampling import SamplingParams
+from serve.engine import Engine
+from serve.sampling_params import SamplingParams
 from sharding.mesh import MeshConfig, make_mesh
 from sharding.rules import batch_sharding
 from sharding.runtime import configure_jax
@@ -124,19 +124,19 @@ class Words:
 
 
 class Server:
-    """A generator with random weights, and prompts for it."""
+    """An engine with random weights, and prompts for it."""
 
     def __init__(self, shape: Shape, rows: int, length: int, devices: int = 1) -> None:
         model = jax.jit(lambda key: Transformer(shape.model, key))(jax.random.key(0))
         mesh = make_mesh(MeshConfig(tensor=devices)) if devices > 1 else None
-        self.generator = Generator(model, Words(shape.model.vocab_size), mesh=mesh, max_rows=rows)
+        self.engine = Engine(model, Words(shape.model.vocab_size), mesh=mesh, slots=rows)
         draw = np.random.default_rng(0)
         self.prompts = draw.integers(FIRST_TOKEN, shape.model.vocab_size, (rows, length)).tolist()
 
     def generate(self, tokens: int) -> None:
         """Greedy replies of exactly `tokens` tokens to all prompts."""
         sampling = SamplingParams(temperature=0.0, max_tokens=tokens, stop_ids=())
-        replies = self.generator.generate(self.prompts, sampling)
+        replies = self.engine.generate(self.prompts, sampling)
         assert all(len(reply.tokens) == tokens for reply in replies)
 
 
@@ -156,7 +156,7 @@ def decode(shape: Shape, repeats: int, rows: int, devices: int = 1) -> Result:
     return result(
         rows * (shape.new - 1),
         whole,
-        step_compilations=compiled.count("jit(decode_step)"),
+        step_compilations=compiled.count("jit(engine_step)"),
         compilations_after_warmup=len(names) - warm,
         first_token_seconds=median(first.seconds),
     )

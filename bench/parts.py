@@ -73,9 +73,9 @@ def attention_part(shape: Shape) -> Callable[[], Any]:
     """Projections, rotation and attention of one layer."""
     model, rows = shape.model, make_rows(shape)
     rope = rope_tables(model.rope, model.rotary_dim, jnp.asarray(rows["positions"]), jnp.dtype("float32"))
-    index, segments = jnp.asarray(rows["positions"]), jnp.asarray(rows["segments"])
+    segments = jnp.asarray(rows["segments"])
     module = Attention(model, 0, Keys(jax.random.key(0)))
-    return backward(module, shape, lambda attention, x: attention(x, rope, Mask(index, segments, shape.seq))[0])
+    return backward(module, shape, lambda attention, x: attention(x, rope, Mask(segments))[0])
 
 
 def loss_part(shape: Shape) -> Callable[[], Any]:

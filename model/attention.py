@@ -15,6 +15,7 @@ from model.config import ModelConfig
 from model.flash import MASKED, over_context
 from model.layers import Keys, RMSNorm, rotate, weight
 from model.linear import Matmul, linear, merge_heads
+from model.paged_attention import attend_to_pages
 from sharding.context_parallel import context_shards
 from sharding.mesh import ContextExchange, platform
 from sharding.rules import constrain, on_own_parts
@@ -99,32 +100,21 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 @struct.dataclass
 class Mask:
-    """What each query may see, made for a block of queries at a time so that no `[T, S]` array is kept.
+    """What each query of a batch may see of it, made for some queries at a time so that no `[T, S]` array is kept.
 
-    index_BT: place of each query. segments_BT: documents; with them the keys are those of the batch itself
-    (`within_batch`), at `index` 0, 1, ...; without, those of a cache. keys: how many. exchange: how they are met where
-    they lie on other devices.
+    segments_BT: documents. exchange: how keys are met where they lie on other devices.
     """
 
-    index_BT: Int[Array, "B T"]
-    segments_BT: Int[Array, "B T"] | None
-    keys: int = struct.field(pytree_node=False)
+    segments_BT: Int[Array, "B T"]
     exchange: ContextExchange = struct.field(pytree_node=False, default="ring")
 
-    @property
-    def within_batch(self) -> bool:
-        """Whether the batch attends to itself alone: while training, and when nothing is cached yet."""
-        return self.segments_BT is not None
-
     def visible(self, start: int | Array, size: int, first: int, end: int, window: int | None) -> Array:
-        """`[B, size, end - first]`: keys up to each query, within the window and, while training, of its document."""
-        index = jax.lax.dynamic_slice_in_dim(self.index_BT, start, size, axis=1)[:, :, None]
+        """`[B, size, end - first]`: keys up to each query, within the window and of its document."""
+        index = start + jnp.arange(size)[:, None]
         keys = jnp.arange(first, end)
         seen = keys <= index
         if window is not None:
             seen &= keys > index - window
-        if self.segments_BT is None:
-            return seen
         segments = jax.lax.dynamic_slice_in_dim(self.segments_BT, start, size, axis=1)
         return seen & (segments[:, :, None] == self.segments_BT[:, None, first:end])
 
@@ -133,17 +123,13 @@ class Mask:
 
         Sizes above `QUERY_BLOCK` are multiples of it.
         """
-        size = queries if self.segments_BT is None else max(SMALLEST_SECTION, -(-queries // SECTIONS))
+        size = max(SMALLEST_SECTION, -(-queries // SECTIONS))
         size = size if size <= QUERY_BLOCK else -(-size // QUERY_BLOCK) * QUERY_BLOCK
         for start in range(0, queries, size):
             stop = min(start + size, queries)
             whole = stop - (stop - start) % QUERY_BLOCK if stop - start > QUERY_BLOCK else stop
             for begin, end in ((start, whole), (whole, stop)):
-                if end == begin:
-                    continue
-                if self.segments_BT is None:
-                    yield begin, end - begin, 0, self.keys
-                else:
+                if end > begin:
                     yield begin, end - begin, 0 if window is None else max(0, begin - window + 1), end
 
 
@@ -160,9 +146,9 @@ def attend_in_blocks(
 
     For TPUs a kernel does it, where it can; of sequences that are cut over devices each does its part.
     """
-    if mask.segments_BT is not None and context_shards() > 1:
+    if context_shards() > 1:
         return of_cut_sequences(q_BTNH, k_BKSH, v_BKSI, mask.segments_BT, mask.exchange, scale, window, sinks_N)
-    if platform() == "tpu" and mask.segments_BT is not None:
+    if platform() == "tpu":
         found = by_kernel(q_BTNH, k_BKSH, v_BKSI, mask.segments_BT, scale, window, sinks_N)
         if found is not None:
             return found
@@ -225,36 +211,6 @@ def by_kernel(
     )
 
 
-def attend_to_pages(
-    q_BTNH: Array,
-    stored: tuple[Array, ...],
-    paging: kv.Paging,
-    mask: Mask,
-    scale: float,
-    window: int | None,
-    sinks_N: Array | None,
-) -> Float[Array, "B T N H"]:
-    """Attention of each row's queries to its pages: by a kernel that reads them where they lie, or to a copy."""
-    if len(stored) == 2:
-        k_BKSH, v_BKSH = (kv.read(pages, paging, "kv_heads") for pages in stored)
-    else:
-        from model.kernels import paged  # a second of imports, which only TPUs need
-
-        if sinks_N is None and paged.fits(q_BTNH.shape[-1]):
-            heads = ("batch", "length", "heads", "head_dim")
-            out_BTNH = on_own_parts(
-                lambda q, pages, lengths, table: paged.attend(q, pages, lengths, table, scale, window),
-                (q_BTNH, stored[0], paging.lengths_B, paging.table_BX),
-                (heads, kv.PAIRS, ("batch",), kv.TABLE),
-                heads,
-            )
-            if out_BTNH is not None:
-                return out_BTNH
-        k_BKSH, v_BKSH = kv.read_pairs(stored[0], paging)
-    k_BKSH, v_BKSH = k_BKSH.astype(q_BTNH.dtype), v_BKSH.astype(q_BTNH.dtype)
-    return attend_in_blocks(q_BTNH, k_BKSH, v_BKSH, mask, scale, window, sinks_N)
-
-
 class Attention(nnx.Module):
     """Projections, rotary positions, attention, and the way back into the residual stream."""
 
@@ -309,12 +265,12 @@ class Attention(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         rope: tuple[Array, Array],
-        mask: Mask,
+        mask: Mask | None,
         stored: tuple[Array, ...] | None = None,
         paging: kv.Paging | None = None,
         matmul: Matmul = "plain",
     ) -> tuple[Float[Array, "B T D"], tuple[Array, ...] | None]:
-        """Attention over the batch itself or, with `stored` keys and values, over those and the batch.
+        """Attention over the batch itself or, without a mask, over `stored` keys and values and the batch.
 
         Returns the output and, with `stored` pages, those that now hold this batch too, as `paging` says.
         """
@@ -323,11 +279,12 @@ class Attention(nnx.Module):
         if stored is not None and paging is not None:
             stored = kv.write(stored, (k_BTKH, v_BTKH), paging)
         with jax.named_scope("attend"):
-            if stored is None or paging is None or mask.within_batch:
+            if mask is not None:
                 k_BKSH, v_BKSH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
                 out_BTNH = attend_in_blocks(q_BTNH, k_BKSH, v_BKSH, mask, self.scale, self.window, sinks_N)
             else:
-                out_BTNH = attend_to_pages(q_BTNH, stored, paging, mask, self.scale, self.window, sinks_N)
+                assert stored is not None and paging is not None, "without a mask it attends to what is stored"
+                out_BTNH = attend_to_pages(q_BTNH, stored, paging, self.scale, self.window, sinks_N)
         if self.gate_DNH is not None:
             out_BTNH = out_BTNH * jax.nn.sigmoid(linear(x_BTD, self.gate_DNH[...], matmul))
         out_BTNH = constrain(out_BTNH, "batch", "length", "heads", "head_dim")

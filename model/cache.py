@@ -1,13 +1,13 @@
 """Decode state as a value: it goes into `forward` and a new one comes out.
 
 Keys and values of all rows lie in pages of a fixed number of positions, and each row has a table of its pages: so rows
-grow, end and share beginnings without anything being moved. What a linear layer remembers has one size for each row.
+grow, end and share beginnings without anything being moved (PagedAttention, arXiv 2309.06180). What a linear layer
+remembers has one size for each row, and lies in a slot.
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,26 @@ from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
 from sharding.mesh import BATCH_AXES, platform
-from sharding.rules import on_own_parts
+from sharding.rules import constrain, on_own_parts
 
-PAGE_SIZES = (128, 64)
-"""Positions of a page on TPUs: the first that divides a capacity, or else a row is one page; as it is elsewhere."""
+NOWHERE = 2**30
+"""Page of a token that is not kept."""
 
-KEYS, PAIRS, TABLE = ("batch", "kv_heads", None, "head_dim"), ("batch", None, "kv_heads", "head_dim"), ("batch", None)
-"""Logical axes of pages that are of keys or of values, of pages with both, and of what each row has a number of."""
+KEYS, PAIRS = ("batch", "kv_heads", None, "head_dim"), ("batch", None, "kv_heads", "head_dim")
+"""Logical axes of pages that are of keys or of values, and of pages with both."""
+
+LATENTS = ("batch", None, None, "head_dim")
+"""Logical axes of pages of latents."""
+
+SLOTS = (
+    *2 * (("batch", None, "kv_heads", "head_dim"),),
+    ("batch", None, "heads", "head_dim"),
+    ("batch", "heads", None, "head_dim"),
+)
+"""Logical axes of what a linear layer remembers: inputs of three convolutions, and its memory."""
+
+TOKENS, TABLE = ("batch", None), ("batch", None)
+"""Logical axes of what is given for each token, and of the tables of pages."""
 
 
 @struct.dataclass
@@ -30,19 +43,17 @@ class Cache:
     """What every layer remembers of B rows.
 
     layers: of each layer its arrays, never stacked (slicing a stack copies it): pages of keys and values, see
-    `empty_layer`; or, in a linear layer, its convolutions' inputs and its memory, for each row.
+    `empty_layer`; or, in a linear layer, its convolutions' inputs and its memory, for each slot.
     lengths_B: positions filled in each row; the next token of row b goes to `lengths_B[b]`.
     table_BX: the pages of each row, in order, counted among those of its device. page: positions of each.
-    in_order: page b is that of row b, which has no other: nothing is copied to read it.
-    empty: nothing was written yet, so that the first batch has only itself to attend to.
+    slots_B: the slot of each row, counted likewise; None: row b has slot b.
     """
 
     layers: tuple[tuple[Array, ...], ...]
     lengths_B: Int[Array, " B"]
     table_BX: Int[Array, "B X"]
     page: int = struct.field(pytree_node=False)
-    in_order: bool = struct.field(pytree_node=False, default=False)
-    empty: bool = struct.field(pytree_node=False, default=False)
+    slots_B: Int[Array, " B"] | None = None
 
     @property
     def capacity(self) -> int:
@@ -54,31 +65,39 @@ class Cache:
 class Paging:
     """Where the tokens of a batch go, and what their rows hold.
 
-    index_BT: the position of each in its row; `capacity`, out of range, for padding. The rest is as in `Cache`.
+    index_BT: the position of each in its row; `capacity`, out of range, for padding. page_BT, offset_BT: where its keys
+    and values are kept. reach_B: positions filled when this batch is. The rest is as in `Cache`.
     """
 
     index_BT: Int[Array, "B T"]
+    page_BT: Int[Array, "B T"]
+    offset_BT: Int[Array, "B T"]
     lengths_B: Int[Array, " B"]
+    reach_B: Int[Array, " B"]
     table_BX: Int[Array, "B X"]
+    slots_B: Int[Array, " B"] | None
     page: int = struct.field(pytree_node=False)
-    in_order: bool = struct.field(pytree_node=False, default=False)
+
+
+def page_size(capacity: int) -> int:
+    """Positions of a page where a row has at most `capacity`: as many as a kernel likes, and no more than it needs."""
+    return min(capacity, 128 if platform() == "tpu" else 64)
 
 
 def empty_cache(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) -> Cache:
     """A cache of `rows` rows with room for `capacity` positions, nothing filled; row after row has its own pages."""
-    sizes = PAGE_SIZES if platform() == "tpu" else ()
-    page = next((size for size in sizes if capacity % size == 0), capacity)
-    count = capacity // page
+    page = page_size(capacity)
+    count = -(-capacity // page)
     layers = tuple(empty_layer(config, layer, rows, rows * count, page, dtype) for layer in range(config.num_layers))
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     own_B = jnp.arange(rows, dtype=jnp.int32) % max(rows // shards, 1)
     table_BX = own_B[:, None] * count + jnp.arange(count, dtype=jnp.int32)
-    return Cache(layers, jnp.zeros(rows, jnp.int32), table_BX, page, in_order=count == 1, empty=True)
+    return Cache(layers, jnp.zeros(rows, jnp.int32), table_BX, page)
 
 
 def empty_layer(
-    config: ModelConfig, layer: int, rows: int, pages: int, page: int, dtype: jnp.dtype
+    config: ModelConfig, layer: int, slots: int, pages: int, page: int, dtype: jnp.dtype
 ) -> tuple[Array, ...]:
     """What layer `layer` remembers before the first token.
 
@@ -88,9 +107,9 @@ def empty_layer(
     linear, latent = config.linear, config.latent
     if config.attention_kind(layer) == "linear":
         past, N = linear.conv_kernel - 1, linear.num_value_heads
-        keys = jnp.zeros((rows, past, linear.num_key_heads, linear.key_dim), dtype)
-        values = jnp.zeros((rows, past, N, linear.value_dim), dtype)
-        return keys, keys, values, jnp.zeros((rows, N, linear.key_dim, linear.value_dim), jnp.float32)
+        keys = jnp.zeros((slots, past, linear.num_key_heads, linear.key_dim), dtype)
+        values = jnp.zeros((slots, past, N, linear.value_dim), dtype)
+        return keys, keys, values, jnp.zeros((slots, N, linear.key_dim, linear.value_dim), jnp.float32)
     if latent.kv_rank:
         return (jnp.zeros((pages, 1, page, latent.kv_rank + latent.rope_dim), dtype),)
     K, H = config.num_kv_heads, config.head_dim
@@ -103,81 +122,92 @@ def empty_layer(
 def layer_axes(config: ModelConfig, layer: int) -> tuple[tuple[str | None, ...], ...]:
     """Logical axes of what `empty_layer` gives."""
     if config.attention_kind(layer) == "linear":
-        keys, values = ("batch", None, "kv_heads", "head_dim"), ("batch", None, "heads", "head_dim")
-        return keys, keys, values, ("batch", "heads", None, "head_dim")
+        return SLOTS
     if config.latent.kv_rank:
-        return (("batch", None, None, "head_dim"),)
+        return (LATENTS,)
     return (PAIRS,) if platform() == "tpu" else (KEYS, KEYS)
 
 
-def write_positions(lengths_B: Array, segments_BT: Array, capacity: int) -> Int[Array, "B T"]:
-    """Where each new token goes in its row; padding (segment 0) gets `capacity`, out of range, and is dropped."""
+def make_paging(cache: Cache, segments_BT: Int[Array, "B T"]) -> Paging:
+    """Where the tokens of a batch go in the rows of `cache`; padding (segment 0) goes nowhere."""
     real_BT = segments_BT > 0
-    index_BT = lengths_B[:, None] + jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - 1
-    return jnp.where(real_BT, index_BT, capacity)
+    count_BT = jnp.cumsum(real_BT, axis=1, dtype=jnp.int32)
+    index_BT = jnp.where(real_BT, cache.lengths_B[:, None] + count_BT - 1, cache.capacity)
+    page_BT = jnp.take_along_axis(cache.table_BX, index_BT // cache.page, axis=1, mode="fill", fill_value=NOWHERE)
+    reach_B = cache.lengths_B + count_BT[:, -1]
+    # Behind the barrier these are made once; inside each layer's loop over what it writes they would be made again.
+    index_BT, page_BT, offset_BT, reach_B = jax.lax.optimization_barrier(
+        (index_BT, page_BT, index_BT % cache.page, reach_B)
+    )
+    return Paging(index_BT, page_BT, offset_BT, cache.lengths_B, reach_B, cache.table_BX, cache.slots_B, cache.page)
 
 
-def write(
-    stored: tuple[Array, ...], new: tuple[Float[Array, "B T K H"], ...], paging: Paging
-) -> tuple[Float[Array, "P K page H"], ...]:
+def write(stored: tuple[Array, ...], new: tuple[Float[Array, "B T K H"], ...], paging: Paging) -> tuple[Array, ...]:
     """Pages with `new` keys and values (or latents) written to them."""
     if len(stored) < len(new):  # keys and values of a head, one after the other
         both = jnp.stack(new, axis=3).reshape(*new[0].shape[:2], -1, new[0].shape[3])
         return (_write(stored[0], both, paging, PAIRS, heads_last=True),)
-    heads = "kv_heads" if len(new) == 2 else None
-    axes = ("batch", heads, None, "head_dim")
+    axes = KEYS if len(new) == 2 else LATENTS
     return tuple(_write(old, x, paging, axes, heads_last=False) for old, x in zip(stored, new, strict=True))
 
 
 def _write(pages: Array, new_BTKH: Array, paging: Paging, axes: tuple, *, heads_last: bool) -> Array:
-    def local(pages: Array, new_BTKH: Array, index_BT: Array, table_BX: Array) -> Array:
-        page = paging.page
-        if index_BT.size == 1:
-            # XLA makes a slice update of a single write, and copies the whole cache around it; two it does in place.
-            index_BT = jnp.concatenate([index_BT, jnp.full_like(index_BT, table_BX.shape[1] * page)], axis=1)
-            new_BTKH = jnp.concatenate([new_BTKH, new_BTKH], axis=1)
-        if paging.in_order and not heads_last:  # what is looked up in a table is written twice as slowly on a CPU
-            rows_B1 = jnp.arange(len(pages))[:, None]
-            return pages.at[rows_B1, :, index_BT].set(new_BTKH.astype(pages.dtype), mode="drop")
-        page_BT = jnp.take_along_axis(table_BX, index_BT // page, axis=1, mode="fill", fill_value=len(pages))
+    def local(pages: Array, new_BTKH: Array, page_BT: Array, offset_BT: Array) -> Array:
         new_BTKH = new_BTKH.astype(pages.dtype)
+        if page_BT.size == 1:
+            # XLA makes a slice update of a single write, and copies the whole cache around it; two it does in place.
+            page_BT = jnp.concatenate([page_BT, jnp.full_like(page_BT, NOWHERE)], axis=1)
+            offset_BT, new_BTKH = (jnp.concatenate([x, x], axis=1) for x in (offset_BT, new_BTKH))
         if heads_last:
-            return pages.at[page_BT, index_BT % page].set(new_BTKH, mode="drop")
-        return pages.at[page_BT, :, index_BT % page].set(new_BTKH, mode="drop")
+            return pages.at[page_BT, offset_BT].set(new_BTKH, mode="drop")
+        return pages.at[page_BT, :, offset_BT].set(new_BTKH, mode="drop")
 
-    args, tokens = (pages, new_BTKH, paging.index_BT, paging.table_BX), ("batch", None, axes[2 if heads_last else 1])
-    return _on_own_pages(local, args, (axes, (*tokens, "head_dim"), TABLE, TABLE), axes)
-
-
-def read(pages: Float[Array, "P K page H"], paging: Paging, heads: str | None) -> Float[Array, "B K S H"]:
-    """All positions of each row, whether filled or not, copied from its pages."""
-    if paging.in_order:
-        return pages
-
-    def local(pages: Array, table_BX: Array) -> Array:
-        x = jnp.take(pages, table_BX, axis=0, mode="clip").swapaxes(1, 2)
-        return x.reshape(*x.shape[:2], -1, x.shape[-1])
-
-    axes = ("batch", heads, None, "head_dim")
-    return _on_own_pages(local, (pages, paging.table_BX), (axes, TABLE), axes)
-
-
-def read_pairs(pages: Float[Array, "P page 2K H"], paging: Paging) -> tuple[Array, Array]:
-    """`read` of pages with keys and values: keys, and values, `[B, K, S, H]`."""
-
-    def local(which: int, pages: Array, table_BX: Array) -> Array:
-        x = jnp.take(pages[:, :, which::2], table_BX, axis=0, mode="clip")
-        return x.reshape(len(x), -1, *x.shape[3:]).swapaxes(1, 2)
-
-    keys, values = (
-        _on_own_pages(partial(local, which), (pages, paging.table_BX), (PAIRS, TABLE), KEYS) for which in (0, 1)
-    )
-    return keys, values
-
-
-def _on_own_pages(function, args: tuple[Array, ...], axes: tuple, out: tuple) -> Array:
-    """`function` on each device's own rows and pages."""
-    found = on_own_parts(function, args, axes, out)
+    args = (pages, new_BTKH, paging.page_BT, paging.offset_BT)
+    tokens = (*TOKENS, axes[2 if heads_last else 1], "head_dim")
+    found = on_own_parts(local, args, (axes, tokens, TOKENS, TOKENS), axes)
     if found is None:
         raise ValueError(f"{[arg.shape for arg in args]} do not divide over the mesh in force")
     return found
+
+
+def take_slots(stored: tuple[Array, ...], paging: Paging) -> tuple[Array, ...]:
+    """What a linear layer remembers of each row of the batch: nothing of one that begins with it."""
+    if paging.slots_B is None:
+        return stored
+
+    def local(x: Array, slots_B: Array, lengths_B: Array) -> Array:
+        begun_B = (lengths_B > 0).reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.where(begun_B, jnp.take(x, slots_B, axis=0, mode="clip"), 0)
+
+    def one(x: Array, own: tuple[str | None, ...]) -> Array:
+        args = (x, paging.slots_B, paging.lengths_B)
+        found = on_own_parts(local, args, (own, ("batch",), ("batch",)), own)
+        assert found is not None, "rows and slots divide over the mesh"
+        return found
+
+    return tuple(one(x, own) for x, own in zip(stored, SLOTS, strict=True))
+
+
+def put_slots(stored: tuple[Array, ...], new: tuple[Array, ...], paging: Paging) -> tuple[Array, ...]:
+    """`stored` with what the rows of the batch leave behind; rows without a token leave it as it is."""
+    if paging.slots_B is None:
+        return new
+
+    def local(x: Array, new: Array, slots_B: Array, grown_B: Array) -> Array:
+        return x.at[jnp.where(grown_B, slots_B, NOWHERE)].set(new.astype(x.dtype), mode="drop")
+
+    def one(x: Array, new: Array, own: tuple[str | None, ...]) -> Array:
+        args = (x, new, paging.slots_B, paging.reach_B > paging.lengths_B)
+        found = on_own_parts(local, args, (own, own, ("batch",), ("batch",)), own)
+        assert found is not None, "rows and slots divide over the mesh"
+        return found
+
+    return tuple(one(x, y, own) for x, y, own in zip(stored, new, SLOTS, strict=True))
+
+
+def lay_out(config: ModelConfig, layers: tuple[tuple[Array, ...], ...]) -> tuple[tuple[Array, ...], ...]:
+    """Layers spread over the mesh in force in the same way after every step, so that they can be donated."""
+    return tuple(
+        tuple(constrain(array, *axes) for array, axes in zip(arrays, layer_axes(config, layer), strict=True))
+        for layer, arrays in enumerate(layers)
+    )

@@ -12,7 +12,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 from model.attention import Mask
-from model.cache import Cache, Paging, write_positions
+from model.cache import Cache, make_paging
 from model.layers import rope_tables
 from model.linear import in_float32
 from model.moe import RouterStats
@@ -86,7 +86,7 @@ def forward(model: Transformer, batch: Batch, cache: Cache | None = None, *, rep
     if cache is not None:
         stored = tuple(layer.stored for layer in layers if layer.stored is not None)
         lengths_B = cache.lengths_B + context.valid_BT.sum(axis=1, dtype=jnp.int32)
-        cache = replace(cache, layers=stored, lengths_B=lengths_B, empty=False)
+        cache = replace(cache, layers=stored, lengths_B=lengths_B)
     routed = [(layer.stats, layer.experts_BTC) for layer in layers if layer.stats is not None]
     if not routed:
         return Output(hidden_BTD, cache, None, None)
@@ -130,19 +130,14 @@ def predict_further(
 def make_context(model: Transformer, batch: Batch, cache: Cache | None) -> Context:
     """What all blocks share of a batch: rotary tables, who sees whom, what is padding, where documents begin."""
     valid_BT = batch.segments_BT > 0
-    paging = None
-    if cache is not None:
-        index_BT = write_positions(cache.lengths_B, batch.segments_BT, cache.capacity)
-        paging = Paging(index_BT, cache.lengths_B, cache.table_BX, cache.page, cache.in_order)
-    if paging is None or cache is None or cache.empty:
-        length = batch.tokens_BT.shape[1]
-        index_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), batch.tokens_BT.shape)
-        mask = Mask(index_BT, batch.segments_BT, length, model.context_exchange)
+    paging = None if cache is None else make_paging(cache, batch.segments_BT)
+    if cache is None:
+        mask = Mask(batch.segments_BT, model.context_exchange)
         before_BT = jnp.pad(batch.segments_BT, ((0, 0), (1, 0)))[:, :-1]
         begins_BT = valid_BT & (batch.segments_BT != before_BT)
         documents_BT = jnp.cumsum(begins_BT, axis=1, dtype=jnp.int32)
     else:
-        mask = Mask(paging.index_BT, None, cache.capacity)
+        mask = None
         documents_BT = jnp.zeros_like(batch.segments_BT)
     # Behind the barrier XLA computes sines once, and not again in every layer that rotates.
     rope = jax.lax.optimization_barrier(

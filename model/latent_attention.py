@@ -12,7 +12,11 @@ from model.attention import Mask, attend_in_blocks
 from model.config import ModelConfig
 from model.layers import Keys, RMSNorm, rotate, weight
 from model.linear import Matmul, linear, merge_heads
+from model.paged_attention import page_by_page
 from sharding.rules import constrain
+
+ABSORBED = ("batch", None, "heads", "length", "head_dim")
+"""Logical axes of queries `[B, 1, N, T, U+P]` in the latents' space."""
 
 
 class LatentAttention(nnx.Module):
@@ -52,11 +56,16 @@ class LatentAttention(nnx.Module):
         shared_BT1P = rotate(down_BTU[..., None, self.rank :], cos, sin)
         return jnp.concatenate([plain, rotated], axis=-1), c_BTU, shared_BT1P
 
+    def read(self, stored: tuple[Array, ...], pages_M: Array) -> tuple[Array, Array]:
+        """Pages of latents with shared keys, `[M, 1, page, U+P]`, and of latents alone, which stand for the values."""
+        k_M1pU = jnp.take(stored[0], pages_M, axis=0, mode="clip")
+        return k_M1pU, k_M1pU[..., : self.rank]
+
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
         rope: tuple[Array, Array],
-        mask: Mask,
+        mask: Mask | None,
         stored: tuple[Array, ...] | None = None,
         paging: kv.Paging | None = None,
         matmul: Matmul = "plain",
@@ -67,7 +76,7 @@ class LatentAttention(nnx.Module):
         if stored is not None and paging is not None:
             stored = kv.write(stored, (jnp.concatenate([c_BTU[:, :, None], shared_BT1P], axis=-1),), paging)
         with jax.named_scope("attend"):
-            if stored is None or paging is None or mask.within_batch:
+            if mask is not None:
                 plain_BTNH = linear(c_BTU, k_UNH, matmul)
                 shared = jnp.broadcast_to(shared_BT1P, (*plain_BTNH.shape[:3], shared_BT1P.shape[-1]))
                 k_BTNH = jnp.concatenate([plain_BTNH, shared], axis=-1)
@@ -75,11 +84,12 @@ class LatentAttention(nnx.Module):
                 k_BNTH, v_BNTI = k_BTNH.transpose(0, 2, 1, 3), v_BTNI.transpose(0, 2, 1, 3)
                 out_BTNI = attend_in_blocks(q_BTNH, k_BNTH, v_BNTI, mask, self.scale, self.window)
             else:
-                k_B1SU = kv.read(stored[0], paging, None).astype(x_BTD.dtype)
+                assert stored is not None and paging is not None, "without a mask it attends to what is stored"
                 carried = jnp.einsum("btnh,unh->btnu", q_BTNH[..., : self.plain], k_UNH)
                 q_BTNU = jnp.concatenate([carried, q_BTNH[..., self.plain :]], axis=-1)
-                v_B1SU = k_B1SU[..., : self.rank]
-                out_BTNU = attend_in_blocks(q_BTNU, k_B1SU, v_B1SU, mask, self.scale, self.window)
+                q_B1NTU = (q_BTNU * self.scale).transpose(0, 2, 1, 3)[:, None]
+                out_B1NTU = page_by_page(q_B1NTU, stored, (kv.LATENTS,), self.read, paging, self.window, None, ABSORBED)
+                out_BTNU = out_B1NTU[:, 0].transpose(0, 2, 1, 3)
                 out_BTNI = jnp.einsum("btnu,uni->btni", out_BTNU, v_UNI)
         out_BTNI = constrain(out_BTNI, "batch", "length", "heads", "head_dim")
         return merge_heads(out_BTNI, self.o_NID[...], matmul), stored

@@ -10,7 +10,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Float
 
 from model.attention import Attention, Mask
-from model.cache import Paging
+from model.cache import Paging, put_slots, take_slots
 from model.config import ModelConfig
 from model.latent_attention import LatentAttention
 from model.layers import FeedForward, Keys, RMSNorm, weight
@@ -36,7 +36,7 @@ class Context:
     """What all blocks of one forward pass share; every array is `[B, T, ...]`."""
 
     rope: tuple[Array, Array]
-    mask: Mask
+    mask: Mask | None
     paging: Paging | None
     valid_BT: Array
     documents_BT: Array
@@ -80,7 +80,10 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], BlockOutput]:
         normed, matmul = self.attention_norm(x_BTD), context.matmul
         if isinstance(self.attention, GatedDeltaNet):
-            attended, stored = self.attention(normed, context.valid_BT, context.documents_BT, stored, matmul)
+            before = None if stored is None or context.paging is None else take_slots(stored, context.paging)
+            attended, after = self.attention(normed, context.valid_BT, context.documents_BT, before, matmul)
+            if stored is not None and after is not None and context.paging is not None:
+                stored = put_slots(stored, after, context.paging)
         else:
             attended, stored = self.attention(normed, context.rope, context.mask, stored, context.paging, matmul)
         x_BTD = constrain(x_BTD + attended, "batch", "length", "embed")

@@ -22,10 +22,10 @@ from terminal import Parser, write_json
 
 if TYPE_CHECKING:
     from model.tokenizer import Tokenizer
-    from serve.generate import Generator
-    from serve.sampling import SamplingParams
+    from serve.engine import Engine
+    from serve.sampling_params import SamplingParams
 
-MAX_ROWS = 16
+MAX_SLOTS = 16
 """Replies to one prompt that are generated at the same time."""
 
 MODELS = "a run that `qmax train` made, a Hugging Face directory, a .gguf file or a llama2.c .bin file"
@@ -44,17 +44,17 @@ def generate_main(argv: list[str]) -> int:
     params = sampling_of(args)
     if args.n < 1:
         raise UserError(f"--n {args.n} must be 1 or more")
-    generator, tokenizer = open_model(args.model, min(args.n, MAX_ROWS))
+    engine, tokenizer = open_model(args.model, min(args.n, MAX_SLOTS))
     prompt = chat_prompt(tokenizer, text, not args.no_thinking) if args.chat else tokenizer.encode(text)
     # What a reply begins with may complete a character or carry the space after the prompt's last word.
     context = () if args.chat else prompt
     started = time.monotonic()
     if args.n == 1:
-        replies = [stream_reply(generator, tokenizer, prompt, params, context)]
+        replies = [stream_reply(engine, tokenizer, prompt, params, context)]
         print(flush=True)
     else:
         replies = []
-        for index, completion in enumerate(generator.generate([prompt] * args.n, params.variants(args.n))):
+        for index, completion in enumerate(engine.generate([prompt] * args.n, params.variants(args.n))):
             said = text_of(tokenizer, completion.content, context)
             replies.append(Reply(said, completion.tokens, completion.logprobs, completion.finish_reason))
             print(f"--- {index + 1} of {args.n} ---\n{said}", flush=True)
@@ -80,13 +80,13 @@ def chat_main(argv: list[str]) -> int:
     """Runs `qmax chat`; returns the exit code. UserError for what the user can mend."""
     args = _chat_parser().parse_args(argv)
     params = sampling_of(args)
-    generator, tokenizer = open_model(args.model, 1)
-    chat = Chat(generator, tokenizer, params, system=args.system, thinking=not args.no_thinking)
+    engine, tokenizer = open_model(args.model, 1)
+    chat = Chat(engine, tokenizer, params, system=args.system, thinking=not args.no_thinking)
     if args.prompt is not None:
         reply = chat.ask(args.prompt)
         print(f"[{reply.speed}]", file=sys.stderr)
     else:
-        print(f"{args.model}: {generator.config.max_positions:,} positions. {help_text()}", file=sys.stderr)
+        print(f"{args.model}: {engine.config.max_positions:,} positions. {help_text()}", file=sys.stderr)
         talk(chat)
     if args.json:
         write_json(args.json, {"model": str(args.model), "sampling": asdict(params), "messages": chat.messages})
@@ -157,7 +157,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int, top_k: int
 
 def sampling_of(args: argparse.Namespace) -> SamplingParams:
     """What the options ask for, with a seed drawn where none was given."""
-    from serve.sampling import SamplingParams
+    from serve.sampling_params import SamplingParams
 
     return SamplingParams(
         temperature=args.temperature,
@@ -179,16 +179,16 @@ def read_prompt(name: str) -> str:
         raise UserError(f"cannot read the prompt from {name}: {exc.strerror}") from exc
 
 
-def open_model(path: Path, max_rows: int) -> tuple[Generator, Tokenizer]:
+def open_model(path: Path, slots: int) -> tuple[Engine, Tokenizer]:
     """A MODEL and its tokenizer, ready to generate."""
     from sharding.runtime import configure_jax
 
     configure_jax()
     from model.load import load_model
-    from serve.generate import Generator
+    from serve.engine import Engine
 
     model, tokenizer = load_model(path)
-    return Generator(model, tokenizer, max_rows=max_rows), tokenizer
+    return Engine(model, tokenizer, slots=slots), tokenizer
 
 
 # ---- replies ----------------------------------------------------------------
@@ -234,7 +234,7 @@ def text_of(tokenizer: Tokenizer, tokens: Sequence[int], context: Sequence[int])
 
 
 def stream_reply(
-    generator: Generator,
+    engine: Engine,
     tokenizer: Tokenizer,
     prompt: Sequence[int],
     params: SamplingParams,
@@ -255,7 +255,7 @@ def stream_reply(
         print(piece, end="", flush=True)
 
     started = time.monotonic()
-    for token, logprob in generator.stream(prompt, params):
+    for token, logprob in engine.stream(prompt, params):
         reply.last = time.monotonic() - started
         reply.first = reply.first or reply.last
         reply.tokens.append(token)
@@ -278,9 +278,9 @@ class Chat:
     """A conversation with a model: its messages, and how to ask for the next one."""
 
     def __init__(
-        self, generator: Generator, tokenizer: Tokenizer, params: SamplingParams, *, system: str | None, thinking: bool
+        self, engine: Engine, tokenizer: Tokenizer, params: SamplingParams, *, system: str | None, thinking: bool
     ):
-        self.generator, self.tokenizer, self.params, self.thinking = generator, tokenizer, params, thinking
+        self.engine, self.tokenizer, self.params, self.thinking = engine, tokenizer, params, thinking
         self._opening = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[dict[str, str]] = list(self._opening)
 
@@ -292,17 +292,17 @@ class Chat:
         """Prints the reply to `text` and keeps both. UserError where no reply fits: then neither is kept."""
         asked = [*self.messages, {"role": "user", "content": text}]
         messages, prompt = self._fitting(asked)
-        room = self.generator.config.max_positions - len(prompt)
+        room = self.engine.config.max_positions - len(prompt)
         params = replace(self.params, max_tokens=max(1, min(self.params.max_tokens, room)))
         with interruptible() as stop:
-            reply = stream_reply(self.generator, self.tokenizer, prompt, params, stop=stop)
+            reply = stream_reply(self.engine, self.tokenizer, prompt, params, stop=stop)
         print(flush=True)
         self.messages = [*messages, {"role": "assistant", "content": reply.text}]
         return reply
 
     def _fitting(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
         """The messages, without the oldest exchanges if they leave the reply no quarter of the positions."""
-        positions, opening = self.generator.config.max_positions, len(self._opening)
+        positions, opening = self.engine.config.max_positions, len(self._opening)
         wanted, dropped = min(self.params.max_tokens, positions // 4), 0
         while True:
             prompt = self.tokenizer.encode_chat(messages, add_generation_prompt=True, enable_thinking=self.thinking)

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from errors import UserError
-
 GREEDY_BELOW = 1e-5
 """Temperatures below this mean the most likely token."""
-
-MAX_SEED = 2**63
 
 LARGEST_TOP_K = 2**24
 """Counts up to here are exact in float32; no vocabulary is larger."""
@@ -27,43 +17,6 @@ CHUNK = 128
 """Neighbouring tokens among which the second of the two draws is made."""
 
 BITS_OF_INFINITY = 0x7F800000
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How one reply is drawn. Filters act in this order: temperature, top-k, top-p, min-p."""
-
-    temperature: float = 1.0
-    """What log-probabilities are divided by; 0 takes the most likely token always."""
-    top_k: int = 0
-    """Keep the k most likely tokens, and any as likely as the last of them; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the fewest most likely tokens whose probabilities, after top-k, sum to at least this."""
-    min_p: float = 0.0
-    """Keep tokens at least this many times as likely as the most likely one."""
-    seed: int | None = None
-    """The same seed and prompt give the same reply; None draws a seed."""
-    max_tokens: int = 256
-    """The reply ends after this many tokens at the latest."""
-    stop_ids: tuple[int, ...] | None = None
-    """Tokens that end the reply; None takes the tokenizer's."""
-
-    def __post_init__(self) -> None:
-        def check(name: str, good: bool, range_: str) -> None:
-            if not good:
-                raise UserError(f"{name}={getattr(self, name)} is out of range; it must be {range_}")
-
-        check("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "0 or more")
-        check("top_k", self.top_k >= 0, "0 (no limit) or more")
-        check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
-        check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
-        check("seed", self.seed is None or 0 <= self.seed < MAX_SEED, f"between 0 and {MAX_SEED - 1}")
-        check("max_tokens", self.max_tokens >= 1, "1 or more")
-
-    def variants(self, count: int) -> list[SamplingParams]:
-        """`count` copies with seeds of their own, following this one's: for several replies to one prompt."""
-        first = secrets.randbelow(MAX_SEED) if self.seed is None else self.seed
-        return [replace(self, seed=(first + i) % MAX_SEED) for i in range(count)]
 
 
 @struct.dataclass
@@ -77,25 +30,12 @@ class SamplingArrays:
     seed_B2: UInt32[Array, "B 2"]
 
 
-def sampling_arrays(params: Sequence[SamplingParams], rows: int | None = None) -> SamplingArrays:
-    """The arrays of `params`, filled up with greedy rows to `rows`; a seed of None is drawn here."""
-    filler = SamplingParams(temperature=0.0, seed=0)
-    padded = [*params, *[filler] * ((rows or len(params)) - len(params))]
-    seeds = [secrets.randbelow(MAX_SEED) if p.seed is None else p.seed for p in padded]
-    return SamplingArrays(
-        temperature_B=jnp.asarray(np.asarray([p.temperature for p in padded], np.float32)),
-        top_k_B=jnp.asarray(np.asarray([min(p.top_k, LARGEST_TOP_K) for p in padded], np.int32)),
-        top_p_B=jnp.asarray(np.asarray([p.top_p for p in padded], np.float32)),
-        min_p_B=jnp.asarray(np.asarray([p.min_p for p in padded], np.float32)),
-        seed_B2=jnp.asarray(np.asarray([(seed >> 32, seed & 0xFFFFFFFF) for seed in seeds], np.uint32)),
-    )
-
-
 def sample(
     logits_BV: Float[Array, "B V"],
     params: SamplingArrays,
     step_B: Int[Array, " B"],
     *,
+    allowed_BV: Float[Array, "B V"] | None = None,
     vocab_limit: int | None = None,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """The next token of every row and its log-probability.
@@ -107,17 +47,18 @@ def sample(
         logits_BV: float32.
         params: one value per row.
         step_B: tokens that each row has generated so far.
+        allowed_BV: what to draw from instead of `logits`: the same with bias, penalties and what may not be.
         vocab_limit: tokens from this one on are never chosen (rows of a padded embedding).
 
     Returns:
-        Tokens, int32, and their log-probabilities under the model's own distribution: before temperature,
-        filters and `vocab_limit`, as scoring gives them.
+        Tokens, int32, and their log-probabilities under the model's own distribution: before bias, penalties,
+        temperature, filters and `vocab_limit`, as scoring gives them.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     vocab = logits_BV.shape[1]
-    allowed_BV = logits_BV
+    allowed_BV = logits_BV if allowed_BV is None else allowed_BV
     if vocab_limit is not None and vocab_limit < vocab:
-        allowed_BV = jnp.where(jnp.arange(vocab) < vocab_limit, logits_BV, -jnp.inf)
+        allowed_BV = jnp.where(jnp.arange(vocab) < vocab_limit, allowed_BV, -jnp.inf)
     best_B = allowed_BV.max(axis=-1)
     # Two plain reductions are several times faster on a CPU than one that carries values and indices.
     first_best = jnp.where(allowed_BV == best_B[:, None], jnp.arange(vocab, dtype=jnp.int32), vocab).min(axis=-1)

@@ -1,182 +1,144 @@
-"""The compiled steps of generation: reading prompts, and one more token of every row."""
+"""The compiled step of the engine: chunks of prompts, or one more token of every row, and what is drawn after them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Int
 
-from model.cache import Cache, empty_cache, layer_axes
+from model.cache import Cache, empty_layer, lay_out, layer_axes
 from model.config import ModelConfig
-from model.forward import Batch, continuation, forward, unembed
-from model.quantization import Quantized, WeightType, quantize, stored_form
+from model.forward import continuation, forward, unembed
 from model.transformer import Transformer
-from model.tree import Arrays, Skeleton, list_names, make_skeleton
-from serve.sampling import SamplingArrays, sample
-from sharding.reshard import reshard
-from sharding.rules import DECODE, array_sharding, constrain, in_shape
+from serve.logits import Tables, adjust, empty_tables, most_likely
+from serve.rows import Rows, unpack_rows
+from serve.sampling import sample
+from sharding.rules import ACTIVATIONS, constrain, spec
 
-
-@struct.dataclass
-class Rows:
-    """What stays the same for each row: how to sample, when to stop (`-1` fills up), and after how many tokens."""
-
-    sampling: SamplingArrays
-    stop_BX: Int[Array, "B X"]
-    max_tokens_B: Int[Array, " B"]
+NOBODY = 2**30
+"""Slot of a row that keeps nothing."""
 
 
 @struct.dataclass
 class State:
-    """What changes with each step: the cache, each row's last token, tokens so far, and whether it goes on."""
+    """What the device keeps between steps.
 
-    cache: Cache
-    last_B: Int[Array, " B"]
-    step_B: Int[Array, " B"]
-    live_B: Bool[Array, " B"]
+    layers: as in `Cache`: pages, and what linear layers remember of each slot. last_S: the last token of each slot,
+    which the host reads a step later. tables: see there.
+    """
+
+    layers: tuple[tuple[Array, ...], ...]
+    last_S: Int[Array, " S"]
+    tables: Tables
 
 
-def prefill(
+def empty_state(config: ModelConfig, slots: int, pages: int, page: int, dtype: jnp.dtype) -> State:
+    """Nothing yet, in `slots` slots and `pages` pages of all devices together."""
+    layers = tuple(empty_layer(config, layer, slots, pages, page, dtype) for layer in range(config.num_layers))
+    return laid_out(config, State(layers, jnp.zeros(slots, jnp.int32), empty_tables(slots, config.vocab_size)))
+
+
+def abstract_state(
+    config: ModelConfig, slots: int, pages: int, page: int, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None
+) -> State:
+    """Shapes, types and layout of `empty_state`; allocates nothing."""
+
+    def lay(x: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
+        layout = None if mesh is None else NamedSharding(mesh, spec(axes or (None,) * x.ndim, ACTIVATIONS))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+
+    state = jax.eval_shape(partial(empty_state, config, slots, pages, page, dtype))
+    layers: Any = tuple(
+        tuple(lay(x, *axes) for x, axes in zip(arrays, layer_axes(config, layer), strict=True))
+        for layer, arrays in enumerate(state.layers)
+    )
+    last_S, tables = jax.tree.map(lay, (state.last_S, state.tables))
+    return State(layers, last_S, tables)
+
+
+def laid_out(config: ModelConfig, state: State) -> State:
+    """`state` spread over the mesh in force in the same way after every step, so that it can be donated."""
+    tables = jax.tree.map(lambda x: constrain(x, None, None), state.tables)
+    return State(lay_out(config, state.layers), constrain(state.last_S, None), tables)
+
+
+def step(
     model: Transformer,
-    tokens_BT: Int[Array, "B T"],
-    lengths_B: Int[Array, " B"],
-    rows: Rows,
+    state: State,
+    words_RW: Int[Array, "R W"],
+    tokens_RT: Int[Array, "R T"] | None = None,
     *,
-    capacity: int,
+    page: int,
+    shards: int = 1,
     vocab_limit: int,
-) -> tuple[State, Int[Array, "2 B"]]:
-    """Reads prompts, padded on the right, into a new cache and samples the first token of each row.
+) -> tuple[State, Int[Array, "R Y"]]:
+    """Reads `tokens`, or without them each row's last token, and draws the next one.
 
     Args:
-        capacity: positions of the cache. vocab_limit: rows of the embedding that are tokens.
+        words_RW: see `serve.rows`; on as many devices as there are `shards`, each having its rows one after the other.
+            Where there are as many rows as slots and no tokens, row r must have slot r.
+        page: positions of a page. vocab_limit: rows of the embedding that are tokens.
+
+    Returns:
+        The state, and of each row its token, the bits of its log-probability, and `most_likely`.
     """
-    count, length = tokens_BT.shape
-    none_B = jnp.zeros(count, jnp.int32)
-    batch = continuation(tokens_BT, none_B, jnp.arange(length)[None] < lengths_B[:, None])
-    cache = empty_cache(model.config, count, capacity, model.dtype)
-    return _advance(model, batch, State(cache, none_B, none_B, lengths_B > 0), rows, vocab_limit)
+    rows = unpack_rows(words_RW)
+    slots = len(state.last_S)
+    if tokens_RT is None:
+        tokens_RT = state.last_S[rows.slot_R][:, None]
+    in_place = len(words_RW) == slots and tokens_RT.shape[1] == 1
 
+    def lay(x: Array) -> Array:
+        return constrain(x, "batch", *[None] * (x.ndim - 1))
 
-def decode(model: Transformer, state: State, rows: Rows, *, vocab_limit: int) -> tuple[State, Int[Array, "2 B"]]:
-    """One more token of every live row."""
-    batch = continuation(state.last_B[:, None], state.cache.lengths_B, state.live_B[:, None])
-    return _advance(model, batch, state, rows, vocab_limit)
-
-
-def _advance(model: Transformer, batch: Batch, state: State, rows: Rows, vocab_limit: int) -> tuple[State, Array]:
-    """Forward, logits of each row's last token, sampling, and who goes on."""
-    result = forward(model, batch, state.cache)
+    own_R = None if in_place else lay(rows.slot_R % (slots // shards))
+    cache = Cache(state.layers, lay(rows.length_R), lay(rows.table_RX), page, slots_B=own_R)
+    valid_RT = jnp.arange(tokens_RT.shape[1]) < rows.count_R[:, None]
+    result = forward(model, continuation(lay(tokens_RT), cache.lengths_B, lay(valid_RT)), cache)
     assert result.cache is not None
-    last_B = jnp.maximum(jnp.sum(batch.segments_BT, axis=1) - 1, 0)
-    hidden_BD = jnp.take_along_axis(result.hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
-    logits_BV = unembed(model, hidden_BD)
+    end_R = jnp.maximum(rows.count_R - 1, 0)
+    hidden_RD = jnp.take_along_axis(result.hidden_BTD, lay(end_R)[:, None, None], axis=1)[:, 0]
+    logits_RV = unembed(model, hidden_RD)
     with jax.named_scope("sample"):
-        tokens_B, logprobs_B = sample(logits_BV, rows.sampling, state.step_B, vocab_limit=vocab_limit)
-    step_B = state.step_B + state.live_B
-    ended_B = jnp.any(tokens_B[:, None] == rows.stop_BX, axis=1) | (step_B >= rows.max_tokens_B)
-    output = pack(jnp.where(state.live_B, tokens_B, -1), logprobs_B)
-    return lay_out(model.config, State(result.cache, tokens_B, step_B, state.live_B & ~ended_B)), output
+        token_R, output_RY = draw(logits_RV, rows, state.tables, vocab_limit)
+    token_R = constrain(token_R, None)
+    kept_R = jnp.where((rows.keep_R > 0) & (rows.count_R > 0), rows.slot_R, NOBODY)
+    tables = replace(state.tables, seen_SV=state.tables.seen_SV.at[kept_R, token_R].add(1, mode="drop"))
+    last_S = state.last_S.at[kept_R].set(token_R, mode="drop")
+    return laid_out(model.config, State(result.cache.layers, last_S, tables)), constrain(output_RY, None, None)
 
 
-def pack(tokens_B: Array, logprobs_B: Float[Array, " B"]) -> Int[Array, "2 B"]:
-    """Tokens and log-probabilities as one array: one copy to the host costs less than two."""
-    packed = jnp.stack([tokens_B, jax.lax.bitcast_convert_type(logprobs_B, jnp.int32)])
-    return constrain(packed, None, None)
+def draw(logits_RV: Array, rows: Rows, tables: Tables, vocab_limit: int) -> tuple[Array, Array]:
+    """The next token of each row, and what the host is told of it."""
+    allowed_RV = adjust(logits_RV.astype(jnp.float32), rows, tables)
+    token_R, logprob_R = sample(logits_RV, rows.sampling, rows.step_R, allowed_BV=allowed_RV, vocab_limit=vocab_limit)
+    drawn_R2 = jnp.stack([token_R, jax.lax.bitcast_convert_type(logprob_R, jnp.int32)], axis=1)
+    return token_R, jnp.concatenate([drawn_R2, most_likely(logits_RV, rows)], axis=1)
 
 
-def unpack(output: Array) -> tuple[list[int], list[float]]:
-    """What `pack` packed, on the host; waits for the step to finish."""
-    tokens, bits = np.asarray(output)
-    return tokens.tolist(), bits.view(np.float32).tolist()
+def unpack(output: Array) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
+    """What `step` gave, on the host: tokens, log-probabilities, and the most likely ones; waits for the step."""
+    words = np.asarray(output)
+    count = (words.shape[1] - 2) // 2
+    top = words[:, 2 : 2 + count], words[:, 2 + count :].view(np.float32)
+    return words[:, 0].tolist(), words[:, 1].copy().view(np.float32).tolist(), *top
 
 
-def lay_out(config: ModelConfig, state: State) -> State:
-    """`state` spread over the mesh in force in the same way after every step, so that it can be donated."""
-    cache = state.cache
-    layers = tuple(
-        tuple(constrain(array, *axes) for array, axes in zip(arrays, layer_axes(config, layer), strict=True))
-        for layer, arrays in enumerate(cache.layers)
-    )
-    return State(
-        replace(
-            cache,
-            layers=layers,
-            lengths_B=constrain(cache.lengths_B, "batch"),
-            table_BX=constrain(cache.table_BX, "batch", None),
-        ),
-        *(constrain(array, "batch") for array in (state.last_B, state.step_B, state.live_B)),
-    )
+def begin(state: State, slot: Any, seen_V: Any, bias_V: Any) -> State:
+    """Writes what a request asks of the tables to its slot."""
+    tables = state.tables
+    seen_SV, bias_SV = tables.seen_SV.at[slot].set(seen_V), tables.bias_SV.at[slot].set(bias_V)
+    return replace(state, tables=replace(tables, seen_SV=seen_SV, bias_SV=bias_SV))
 
 
-def decode_weights(model: Transformer, mesh: jax.sharding.Mesh | None, weight_type: WeightType = "same") -> Transformer:
-    """`model` as decoding wants it: one array per layer, in the type it computes in or in 8 bits, laid out on `mesh`.
-
-    Arrays that are right already are shared, not copied. The router stays in float32: it computes in that.
-    """
-    config = model.config
-    listed = make_skeleton(config, stacked=False, dtype=model.dtype)
-
-    def place(arrays: Arrays, wanted: dict[str, Any]) -> Arrays:
-        found: Arrays = {}
-        for name, leaf in arrays.items():
-            names = list_names(name, config) if model.stacked else [name]
-            if isinstance(wanted[names[0]], Quantized):
-                layers = [leaf] if len(names) == 1 else [leaf[index] for index in range(len(names))]
-                found |= {
-                    own: _quantized(layer, sums[own], wanted[own]) for own, layer in zip(names, layers, strict=True)
-                }
-            else:
-                found |= zip(names, reshard(leaf, [wanted[own] for own in names]), strict=True)
-        return found
-
-    wanted = abstract_arrays(config, model.dtype, mesh, weight_type)
-    own, sums = Skeleton(model), listed.sums
-    weights, state = (place(arrays, kind) for arrays, kind in zip(own.split(model), wanted, strict=True))
-    return own.merge(weights, state) if not model.stacked else listed.merge(weights, state)
-
-
-def _quantized(leaf: Array, sums: tuple[int, ...], wanted: Quantized) -> Any:
-    layout = jax.tree.map(lambda a: a.sharding, wanted)
-    return jax.jit(quantize, static_argnums=1, out_shardings=None if wanted.values.sharding is None else layout)(
-        leaf, sums
-    )
-
-
-def abstract_weights(
-    config: ModelConfig, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None, weight_type: WeightType = "same"
-) -> Transformer:
-    """Shapes, types and layout of `decode_weights`; allocates nothing."""
-    arrays = abstract_arrays(config, dtype, mesh, weight_type)
-    return make_skeleton(config, stacked=False, dtype=dtype).merge(*arrays)
-
-
-def abstract_arrays(
-    config: ModelConfig, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None, weight_type: WeightType
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The weights and the other state of `abstract_weights`, by path."""
-    skeleton = make_skeleton(config, stacked=False, dtype=dtype)
-    axes, weights, sums = skeleton.axes, skeleton.weights, skeleton.sums
-
-    def abstract(shape: tuple[int, ...], own: tuple[str | None, ...], kind: Any) -> Any:
-        layout = None
-        if mesh is not None:
-            layout = array_sharding(own, len(shape), mesh, DECODE)
-            layout = layout.update(spec=in_shape(layout.spec, shape))
-        return jax.ShapeDtypeStruct(shape, kind, sharding=layout)
-
-    arrays: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
-    for name, shape in skeleton.shapes.items():
-        is_state = name not in weights
-        kind = jnp.float32 if is_state or axes[name][:1] == ("router",) else dtype
-        if weight_type == "int8" and name in sums:
-            form = stored_form(shape, axes[name], sums[name])
-            values, scale = abstract(form.values, form.axes, jnp.int8), abstract(form.scale, form.axes, jnp.float32)
-            arrays[is_state][name] = Quantized(values, scale, form.outputs)
-        else:
-            arrays[is_state][name] = abstract(shape, axes[name], kind)
-    return arrays
+def allow(state: State, slots_R: Any, allowed_RW: Any) -> State:
+    """Writes the tokens that these slots may draw next; `NOBODY` fills up."""
+    allowed_SW = state.tables.allowed_SW.at[slots_R].set(allowed_RW, mode="drop")
+    return replace(state, tables=replace(state.tables, allowed_SW=allowed_SW))

@@ -30,8 +30,7 @@ def inputs(length: int, heads: int, kv_heads: int, width: int) -> tuple[list[np.
 
 def attention(q, k, v, segments, exchange: ContextExchange = "ring", window=None, sinks=None):
     """As the model does it; `[B, T, heads, width]` in and out."""
-    index = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
-    mask = Mask(index, segments, segments.shape[1], exchange)
+    mask = Mask(segments, exchange)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     return attend_in_blocks(q, k, v, mask, 0.3, window, sinks)
 

@@ -19,9 +19,9 @@ from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from serve import generate_verb
-from serve.generate import Generator
+from serve.engine import Engine
 from serve.generate_verb import Chat, talk
-from serve.sampling import SamplingParams
+from serve.sampling_params import SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +53,16 @@ def type_in(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
 
 
 @pytest.fixture
-def real(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> Generator:
+def real(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> Engine:
     config = ModelConfig(tokenizer.vocab_size, 32, 1, 4, 2, 8, 48, max_positions=128)
     model = jax.jit(lambda: Transformer(config, jax.random.key(0)))()
-    generator = Generator(model, tokenizer)
+    generator = Engine(model, tokenizer)
     monkeypatch.setattr(generate_verb, "open_model", lambda path, rows: (generator, tokenizer))
     return generator
 
 
 def test_generate_prints_the_continuation_alone(
-    real: Generator, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    real: Engine, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["generate", "run", "--prompt", "Once upon a", "--max-tokens", "9", "--json", str(tmp_path / "out.json")]
     assert qmax.main([*words, "--seed", "3"]) == 0
@@ -87,7 +87,7 @@ def test_generate_prints_the_continuation_alone(
 
 
 def test_generate_can_ask_as_a_chat(
-    real: Generator, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    real: Engine, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[Sequence[int]] = []
     stream = real.stream

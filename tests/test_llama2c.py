@@ -26,8 +26,8 @@ from model.llama2c import HEADER, Llama2cSource, read_bin
 from model.load import load_model, open_model
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from serve.generate import Generator
-from serve.sampling import SamplingParams
+from serve.engine import Engine
+from serve.sampling_params import SamplingParams
 
 DATA = ROOT / "tests" / "data"
 MODEL = DATA / "stories260K.bin"
@@ -49,7 +49,7 @@ def test_logits_and_text_are_the_reference(stories: tuple[Transformer, Tokenizer
     assert logits[-1] == pytest.approx(case["last_logits"], abs=1e-4)
     assert logits.argmax(-1).tolist() == case["argmax_each"]
     greedy = SamplingParams(temperature=0, max_tokens=len(case["greedy"]))
-    (reply,) = Generator(model, tokenizer).generate([case["ids"]], greedy)
+    (reply,) = Engine(model, tokenizer).generate([case["ids"]], greedy)
     assert reply.tokens == case["greedy"]
     assert tokenizer.decode(reply.tokens) == case["greedy_text"]
 

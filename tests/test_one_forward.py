@@ -20,9 +20,9 @@ from model.cache import empty_cache
 from model.config import LatentAttentionConfig, LinearAttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from model.forward import Batch, continuation, forward, unembed
 from model.transformer import Transformer
-from serve.generate import Generator
-from serve.sampling import SamplingParams
-from serve.steps import decode_weights
+from serve.engine import Engine
+from serve.sampling_params import SamplingParams
+from serve.weights import decode_weights
 
 VOCAB, TOKENS = 64, 61
 TINY = ModelConfig(
@@ -190,7 +190,7 @@ def test_prefill_and_decode_agree_with_teacher_forcing(model: Transformer, docum
 @pytest.mark.parametrize("name", [NAMES[0], RICHEST, *NAMES[-3:]])
 def test_the_samplers_log_probs_are_those_of_scoring(name: str, documents: list[np.ndarray]) -> None:
     model = make(name)
-    generator = Generator(model, Words(), max_rows=4)
+    generator = Engine(model, Words(), slots=4)
     sampling = [SamplingParams(temperature=t, top_p=0.9, max_tokens=n, seed=n) for t, n in ((0, 9), (1, 11), (3, 6))]
     prompts = [document.tolist() for document in documents]
     replies = generator.generate(prompts, sampling)

@@ -14,9 +14,9 @@ from model.forward import continuation, forward, unembed
 from model.quantization import Quantized, quantize
 from model.transformer import Transformer
 from model.tree import Skeleton, make_skeleton
-from serve.generate import Generator
-from serve.sampling import SamplingParams
-from serve.steps import decode_weights
+from serve.engine import Engine
+from serve.sampling_params import SamplingParams
+from serve.weights import decode_weights
 from sharding.mesh import MeshConfig, make_mesh
 from tests.test_one_forward import NAMES, RICHEST, Words, make, rows_of
 
@@ -71,9 +71,9 @@ def test_products_with_8_bits_are_those_with_what_they_stand_for(name: str) -> N
 def test_many_devices_reply_as_one(name: str) -> None:
     model, prompts = make(name), [[1, 2, 3, 4, 5], [7, 8], [9, 3, 1]]
     sampling = SamplingParams(temperature=0, max_tokens=6)
-    one = Generator(model, Words(), max_rows=4, weight_type="int8").generate(prompts, sampling)
+    one = Engine(model, Words(), slots=4, weight_type="int8").generate(prompts, sampling)
     mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2))
-    many = Generator(model, Words(), max_rows=4, mesh=mesh, weight_type="int8").generate(prompts, sampling)
+    many = Engine(model, Words(), slots=4, mesh=mesh, weight_type="int8").generate(prompts, sampling)
     for a, b in zip(one, many, strict=True):
         assert a.tokens == b.tokens
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)

@@ -15,15 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import UserError
-from serve.sampling import (
-    SamplingArrays,
-    SamplingParams,
-    filter_threshold,
-    float_of_order,
-    largest_threshold,
-    sample,
-    sampling_arrays,
-)
+from serve.request import Request
+from serve.rows import ROW, fill, unpack_rows
+from serve.sampling import SamplingArrays, filter_threshold, float_of_order, largest_threshold, sample
+from serve.sampling_params import SamplingParams
 
 ROWS, VOCAB = 500, 300
 SAMPLE = jax.jit(sample, static_argnames="vocab_limit")
@@ -42,6 +37,14 @@ def filtered(logits_V: np.ndarray, params: SamplingParams) -> np.ndarray:
         weights[logits_V < logits_V[order[np.argmax(reached)]]] = 0
     weights[weights < params.min_p] = 0
     return weights / weights.sum()
+
+
+def sampling_arrays(params: list[SamplingParams], rows: int | None = None) -> SamplingArrays:
+    """What the device gets of these settings, filled up with greedy rows."""
+    lines = np.zeros(rows or len(params), ROW)
+    for line, one in zip(lines, params, strict=False):
+        fill(line, Request([1], one if one.seed is not None else one.variants(1)[0], (), 1))
+    return unpack_rows(jnp.asarray(lines.view(np.int32).reshape(len(lines), -1))).sampling
 
 
 def draw(

@@ -220,7 +220,7 @@ def test_flops_are_those_of_one_decoded_token(name: str):
 
     def decode(model: Transformer) -> jax.Array:
         token = jnp.zeros((1, 1), jnp.int32)
-        cache = replace(empty_cache(config, 1, 50, jnp.dtype(jnp.float32)), empty=False)
+        cache = empty_cache(config, 1, 50, jnp.dtype(jnp.float32))
         return unembed(model, forward(model, continuation(token, cache.lengths_B), cache).hidden_BTD)
 
     counted = sum(products(jax.make_jaxpr(decode)(abstract(config)).jaxpr))

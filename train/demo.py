@@ -163,15 +163,15 @@ def raw_text(files: tuple[str, ...]) -> bytes:
 def generations(run: Path) -> list[str]:
     """A greedy continuation of a story and replies to questions."""
     from model.load import load_model
-    from serve.generate import Generator
-    from serve.sampling import SamplingParams
+    from serve.engine import Engine
+    from serve.sampling_params import SamplingParams
 
     model, tokenizer = load_model(run)
     chats = [[{"role": "user", "content": text}] for text in QUESTIONS]
     prompts = [tokenizer.encode(STORY)]
     prompts += [tokenizer.encode_chat(chat, add_generation_prompt=True, enable_thinking=False) for chat in chats]
     params = SamplingParams(temperature=0.0, max_tokens=40)
-    completions = Generator(model, tokenizer).generate(prompts, params)
+    completions = Engine(model, tokenizer).generate(prompts, params)
     return [tokenizer.decode(completion.content, skip_specials=True).strip() for completion in completions]
 
 

@@ -6,7 +6,7 @@ import re
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -15,13 +15,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.run import Run
-from model.cache import empty_cache, layer_axes
+from model.cache import page_size
 from model.quantization import WeightType
-from sharding.mesh import make_mesh
-from sharding.rules import ACTIVATIONS, batch_sharding, spec
+from sharding.mesh import BATCH_AXES, make_mesh
+from sharding.rules import batch_sharding
 
 Mode = Literal["train", "prefill", "decode"]
 
@@ -79,37 +79,24 @@ def train(run: Run, mesh: jax.sharding.Mesh) -> Lowered:
 def generate(
     run: Run, mesh: jax.sharding.Mesh, mode: Mode, rows: int, context: int, weight_type: WeightType
 ) -> Lowered:
-    """One more token of `rows` rows with `context` positions cached, or the reading of prompts of that length."""
-    from serve.sampling import SamplingParams, sampling_arrays
-    from serve.steps import Rows, State, abstract_weights, decode, prefill
+    """One more token of `rows` rows with room for `context` positions, or the reading of a piece of their prompts."""
+    from serve.engine import CHUNKS
+    from serve.rows import WORDS
+    from serve.steps import abstract_state, step
+    from serve.weights import abstract_weights
 
-    config, dtype = run.model, jnp.dtype(run.dtype)
+    config, dtype, page = run.model, jnp.dtype(run.dtype), page_size(context)
+    width, shards = -(-context // page), prod(mesh.shape[axis] for axis in BATCH_AXES)
     model = abstract_weights(config, dtype, mesh, weight_type)
-
-    def abstract(x: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
-        layout = NamedSharding(mesh, spec(axes or (None,) * x.ndim, ACTIVATIONS))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
-
-    cache = jax.eval_shape(lambda: empty_cache(config, rows, context, dtype))
-    layers = tuple(
-        tuple(abstract(leaf, *axes) for leaf, axes in zip(leaves, layer_axes(config, layer), strict=True))
-        for layer, leaves in enumerate(cache.layers)
-    )
-    held = {"weights": bytes_of(model), "cache": bytes_of(layers)}
-    none_B: Any = abstract(np.zeros(rows, np.int32), "batch")
-    sampling: Any = sampling_arrays([SamplingParams()] * rows, rows)
-    stops, most = jnp.zeros((rows, 4), jnp.int32), jnp.zeros(rows, jnp.int32)
-    constants = jax.tree.map(abstract, Rows(sampling, stops, most))
+    state = abstract_state(config, rows, rows * width, page, dtype, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    args = [jax.ShapeDtypeStruct((rows, WORDS + width), jnp.int32, sharding=everywhere)]
     if mode == "prefill":
-        step = partial(prefill, capacity=context, vocab_limit=config.vocab_size)
-        tokens = abstract(np.zeros((rows, context), np.int32), "batch", None)
-        return Lowered(jax.jit(step).lower(model, tokens, none_B, constants), mesh, held)
-    table_BX: Any = abstract(cache.table_BX, "batch", None)
-    cache = replace(cache, layers=layers, lengths_B=none_B, table_BX=table_BX, empty=False)
-    live_B: Any = abstract(np.zeros(rows, bool), "batch")
-    state = State(cache, none_B, none_B, live_B)
-    step = partial(decode, vocab_limit=config.vocab_size)
-    return Lowered(jax.jit(step, donate_argnums=1).lower(model, state, constants), mesh, held)
+        tokens = min(context, max(tokens for _, tokens in CHUNKS["other"]))
+        args.append(jax.ShapeDtypeStruct((rows, tokens), jnp.int32, sharding=everywhere))
+    engine_step = partial(step, page=page, shards=shards, vocab_limit=config.vocab_size)
+    lowered = jax.jit(engine_step, donate_argnums=1).lower(model, state, *args)
+    return Lowered(lowered, mesh, {"weights": bytes_of(model), "cache": bytes_of(state)})
 
 
 def bytes_of(tree: Any) -> int:

@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int
 from errors import UserError
 from model.forward import Batch, forward, unembed
 from model.transformer import Transformer
-from serve.generate import bucket
 from train.losses import chunk_length
 
 SMALLEST = 16
@@ -100,7 +99,7 @@ class Scorer:
         """Rows by length, so that few positions are padding; each length has one number of rows."""
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         while order:
-            length = bucket(len(rows[order[0]]), SMALLEST)
+            length = max(SMALLEST, 1 << (len(rows[order[0]]) - 1).bit_length())
             count = max(1, self.batch_tokens // length)
             own = [index for index in order[:count] if len(rows[index]) <= length]
             order = order[len(own) :]

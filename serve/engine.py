@@ -1,0 +1,440 @@
+"""The engine: many requests over one model, each step one compiled program.
+
+A row's last token stays on the device, so the next step is sent before the host has read what the last one drew: the
+device never waits. Requests come and go between steps; the scheduler says who takes which step.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from errors import UserError
+from model.cache import page_size
+from model.quantization import WeightType
+from model.transformer import Transformer
+from serve.logits import IN_PROMPT
+from serve.memory import default_pages
+from serve.pages import PagePool, Snapshots
+from serve.programs import Program, Programs, Shape
+from serve.request import Completion, Place, Request
+from serve.rows import ROW, WORDS, fill
+from serve.sampling_params import MAX_STOP_IDS, SamplingParams
+from serve.scheduler import Chunk, Limits, Scheduler
+from serve.snapshots import Store
+from serve.steps import abstract_state, begin, empty_state, step, unpack
+from serve.weights import abstract_weights, decode_weights
+from sharding.mesh import BATCH_AXES, platform
+
+OnToken = Callable[[int, int, float], None]
+
+CHUNKS = {"cpu": ((1, 64), (8, 64), (1, 512)), "other": ((1, 128), (8, 128), (1, 2048))}
+"""(rows, tokens) of prompts that are read in one program, on each device along the batch."""
+
+
+class Vocabulary(Protocol):
+    """What generation needs of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+
+
+@dataclass
+class Sent:
+    """Work that was sent to the device and not read yet: its output, and who is in which row of it."""
+
+    output: Any
+    rows: list[tuple[int, Request, Place]]
+
+
+class Engine:
+    """Generates replies with a model.
+
+    Args:
+        model: its weights, as a list of layers or stacked; a stacked model is unstacked once, here.
+        tokenizer: decides the default stop ids and how many of the embedding's rows are tokens.
+        mesh: the devices to spread weights, slots and pages over, if more than one.
+        slots: requests that run at the same time; further ones wait.
+        context: most positions of a request; None: as many as the model has.
+        pages: of keys and values, on all devices together; None: enough for all slots, or as many as fit.
+        snapshots: of what linear layers remember, so that prompts may share a beginning; on all devices together.
+        deterministic: a reply has the same bits whatever is generated beside it: every step then has all slots, and
+            prompts are read one at a time, in pieces that their own length decides.
+        weight_type: int8 to keep matrices in 8 bits, each output channel with its scale.
+
+    Raises:
+        UserError: the tokenizer does not fit the model, or a size is out of range.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Vocabulary,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        slots: int = 16,
+        context: int | None = None,
+        pages: int | None = None,
+        snapshots: int = 32,
+        deterministic: bool = False,
+        weight_type: WeightType = "same",
+    ):
+        self.config, self.tokenizer, self.mesh = model.config, tokenizer, mesh
+        self._check(slots, context)
+        self.weight_type: WeightType = weight_type
+        self.context = min(context or self.config.max_positions, self.config.max_positions)
+        self.page = page_size(self.context)
+        width = -(-self.context // self.page)
+        shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+        slots = -(-slots // shards) * shards
+        dtype = jnp.dtype(model.dtype)
+        pages = pages or default_pages(self.config, dtype, self.page, width, slots)
+        self.pages = max(pages // shards, 1) * shards
+        linear = any(self.config.attention_kind(layer) == "linear" for layer in range(self.config.num_layers))
+        every = -(-2048 // self.page) * self.page if linear else 0
+        self.limits = Limits(
+            slots, shards, self.page, width, CHUNKS.get(platform(), CHUNKS["other"]), every, deterministic
+        )
+        self._structure: Any = None
+        self.update(model)
+        self.state = self._on_mesh(jax.jit(partial(empty_state, self.config, slots, self.pages, self.page, dtype)))()
+        self.store = Store(self.config, dtype, snapshots // shards * shards if linear else 0, self._on_mesh)
+        self.scheduler = self._new_scheduler()
+        self.programs = Programs(self._compile, self._shapes())
+        self._begin = self._on_mesh(jax.jit(begin, donate_argnums=0))
+        self._lines = np.zeros(slots, ROW)
+        self._tables = np.zeros((slots, width), np.int32)
+        self._sent: deque[Sent] = deque()
+        self._commands: deque[tuple[Request, bool]] = deque()
+        self._stepping = threading.Lock()
+
+    def _check(self, slots: int, context: int | None) -> None:
+        if self.tokenizer.vocab_size > self.config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {self.tokenizer.vocab_size} tokens and the model {self.config.vocab_size}; "
+                "use the tokenizer that the model was trained with"
+            )
+        for name, value, least in (("slots", slots, 1), ("context", context, 2)):
+            if value is not None and value < least:
+                raise UserError(f"{name}={value} must be {least} or more")
+
+    def _new_scheduler(self) -> Scheduler:
+        shards = self.limits.shards
+        pools = [PagePool(self.pages // shards) for _ in range(shards)]
+        return Scheduler(self.limits, pools, [Snapshots(self.store.count // shards) for _ in range(shards)])
+
+    # ---- weights and programs ---------------------------------------------
+    def update(self, model: Transformer) -> None:
+        """Takes the weights of `model`, of the same sizes as before; nothing is compiled anew."""
+        self.leaves, structure = jax.tree.flatten(decode_weights(model, self.mesh, self.weight_type))
+        assert self._structure is None or self._structure == structure, "update() takes a model of the same sizes"
+        if self._structure is not None:
+            self.forget()
+        self._structure = structure
+
+    def forget(self) -> None:
+        """Drops the beginnings of prompts that are kept for others."""
+        for one in (*self.scheduler.pools, *self.scheduler.snapshots):
+            one.clear()
+
+    @property
+    def model(self) -> Transformer:
+        """The weights as decoding uses them; `leaves` are their arrays, which the compiled steps take."""
+        return jax.tree.unflatten(self._structure, self.leaves)
+
+    def _shapes(self) -> list[Shape]:
+        """The shapes that steps have; a request alone needs the first two."""
+        limits = self.limits
+        own, shards = limits.slots_of_shard, limits.shards
+        rows = [own] if limits.deterministic else [*[n for n in (1, 4, 16, 64, 256) if n < own], own]
+        chunks = [(n, tokens) for n, tokens in limits.chunks if n == 1 or not limits.deterministic]
+        decode, read = ([Shape(n * shards) for n in rows], [Shape(n * shards, tokens) for n, tokens in chunks])
+        return [read[0], decode[0], *decode[1:], *read[1:]]
+
+    def _compile(self, shape: Shape) -> Program:
+        """The step for one shape."""
+        structure = self._structure
+
+        def engine_step(leaves: list[jax.Array], *args: Any) -> Any:
+            return step(
+                jax.tree.unflatten(structure, leaves),
+                *args,
+                page=self.page,
+                shards=self.limits.shards,
+                vocab_limit=self.tokenizer.vocab_size,
+            )
+
+        dtype, limits, replicated = jnp.dtype(self.model.dtype), self.limits, self._replicated()
+        leaves = jax.tree.leaves(abstract_weights(self.config, dtype, self.mesh, self.weight_type))
+        state = abstract_state(self.config, limits.slots, self.pages, self.page, dtype, self.mesh)
+        args = [jax.ShapeDtypeStruct((shape.rows, WORDS + limits.width), jnp.int32, sharding=replicated)]
+        if shape.tokens:
+            args.append(jax.ShapeDtypeStruct((shape.rows, shape.tokens), jnp.int32, sharding=replicated))
+        with self._mesh_context():
+            return jax.jit(engine_step, donate_argnums=1).lower(leaves, state, *args).compile()
+
+    def warm_up(self) -> None:
+        """Makes and runs every program; nothing is compiled after that."""
+        for made in self.programs.prepare():
+            made.result()
+        seen, bias = np.zeros(self.config.vocab_size, np.int32), np.zeros(self.config.vocab_size, np.float32)
+        self.state = self._begin(self.state, np.int32(0), seen, bias)
+        if self.store.count:
+            self.store.save(self.state, 0, 0)
+            self.state = self.store.load(self.state, 0, 0)
+
+    def _mesh_context(self) -> Any:
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _on_mesh(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            with self._mesh_context():
+                return function(*args)
+
+        return call
+
+    def _replicated(self) -> Any:
+        return None if self.mesh is None else jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+
+    # ---- for callers ------------------------------------------------------
+    def request(
+        self, prompt: Sequence[int], sampling: SamplingParams, where: str = "the prompt", **more: Any
+    ) -> Request:
+        """A request with everything resolved; `submit` starts it.
+
+        Raises:
+            UserError: the prompt is empty or too long, or an id is no token.
+        """
+        vocab, most = self.tokenizer.vocab_size, self.context
+        if not prompt:
+            raise UserError(f"{where} is empty; give it at least one token")
+        if len(prompt) >= most:
+            kind = "the model has" if most == self.config.max_positions else "a request may have"
+            raise UserError(
+                f"{where} has {len(prompt)} tokens, but {kind} {most} positions, "
+                "of which the reply needs at least one; shorten the prompt"
+            )
+        wrong = next((token for token in prompt if not 0 <= token < vocab), None)
+        if wrong is not None:
+            raise UserError(f"{where} holds the id {wrong}, but tokens run from 0 to {vocab - 1}")
+        wrong = next((token for token, _ in sampling.logit_bias if not 0 <= token < vocab), None)
+        if wrong is not None:
+            raise UserError(f"logit_bias names the id {wrong}, but tokens run from 0 to {vocab - 1}")
+        if sampling.seed is None:
+            sampling = sampling.variants(1)[0]
+        stops = self.tokenizer.stop_ids if sampling.stop_ids is None else sampling.stop_ids
+        room = min(most, self.pages // self.limits.shards * self.page) - len(prompt)
+        if room < 1:
+            raise UserError(f"{where} has {len(prompt)} tokens, and there are pages for {room + len(prompt)} only")
+        return Request(prompt, sampling, stops[:MAX_STOP_IDS], min(sampling.max_tokens, room), **more)
+
+    def submit(self, request: Request) -> None:
+        """Queues a request, from any thread."""
+        self._commands.append((request, True))
+
+    def abort(self, request: Request) -> None:
+        """Ends a request, from any thread; nothing happens if it has ended."""
+        self._commands.append((request, False))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams],
+        *,
+        on_token: OnToken | None = None,
+    ) -> list[Completion]:
+        """Replies to all prompts, in their order.
+
+        Args:
+            prompts: token ids.
+            sampling: one for all, or one for each. A seed is used as it stands: give several replies to one
+                prompt their own (`SamplingParams.variants`).
+            on_token: called with the prompt's index, the token and its log-probability as they come.
+
+        Raises:
+            UserError: a prompt is empty or longer than the model's positions, or holds an id that is no token.
+        """
+        each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+        if len(each) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts came with {len(each)} sampling settings; give one, or one each")
+
+        def tell(index: int, _: Request, token: int, logprob: float) -> None:
+            assert on_token is not None
+            on_token(index, token, logprob)
+
+        requests = [
+            self.request(prompt, params, f"prompt {index + 1}", on_token=on_token and partial(tell, index))
+            for index, (prompt, params) in enumerate(zip(prompts, each, strict=True))
+        ]
+        for _ in self._until_done(requests):
+            pass
+        return [request.completion for request in requests]
+
+    def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Generator[tuple[int, float]]:
+        """The tokens of one reply and their log-probabilities as they come; may be left at any time.
+
+        Raises:
+            UserError: as `generate` does, at once.
+        """
+        request = self.request(prompt, sampling, "prompt 1")
+
+        def tokens() -> Generator[tuple[int, float]]:
+            given = 0
+            for _ in self._until_done([request]):
+                while given < len(request.tokens):
+                    yield request.tokens[given], request.logprobs[given]
+                    given += 1
+
+        return tokens()
+
+    def _until_done(self, requests: Sequence[Request]) -> Iterator[None]:
+        """Steps until these requests have ended; those that have not when it is left are aborted."""
+        for request in requests:
+            self.submit(request)
+        try:
+            while any(request.finish_reason is None for request in requests):
+                self.step()
+                yield
+        finally:
+            for request in requests:
+                self.abort(request)
+            with self._stepping:
+                self._obey()
+
+    # ---- a step -----------------------------------------------------------
+    def step(self) -> bool:
+        """Sends the next step to the device and reads the one before; False if there was nothing to do."""
+        with self._stepping:
+            self._obey()
+            work = self.scheduler.next()
+            before = len(self._sent)
+            if work.rows:
+                self._sent.append(self._decode(work.rows))
+            if work.chunks:
+                self._sent.append(self._read_prompts(work.shape, work.chunks))
+            sent = len(self._sent) - before
+            for _ in range(before if sent else len(self._sent)):
+                self._receive(self._sent.popleft())
+            return bool(sent or before or self.scheduler.busy)
+
+    def _obey(self) -> None:
+        """Takes what other threads have asked for."""
+        while self._commands:
+            request, new = self._commands.popleft()
+            if new:
+                self.scheduler.add(request)
+            elif request.finish_reason is None:
+                request.finish_reason = "abort"
+                self.scheduler.remove(request)
+
+    def _arrange(self, slots: Sequence[int], rows: int, *, in_place: bool) -> list[int]:
+        """The row of each slot in a program with `rows` rows: each device has its own slots' one after the other."""
+        if in_place:
+            return list(slots)
+        limits, taken, places = self.limits, [0] * self.limits.shards, []
+        for slot in slots:
+            shard = slot // limits.slots_of_shard
+            places.append(shard * (rows // limits.shards) + taken[shard])
+            taken[shard] += 1
+        return places
+
+    def _words(self, places: Sequence[int], slots: Sequence[int], rows: int) -> np.ndarray:
+        words = np.zeros((rows, WORDS + self.limits.width), np.int32)
+        words[places, :WORDS] = self._lines[list(slots)].view(np.int32).reshape(len(slots), WORDS)
+        words[places, WORDS:] = self._tables[list(slots)]
+        return words
+
+    def _decode(self, requests: Sequence[Request]) -> Sent:
+        """One more token of each of these rows."""
+        found = [(request, request.place) for request in requests if request.place is not None]
+        slots = [place.slot for _, place in found]
+        counts = np.bincount([slot // self.limits.slots_of_shard for slot in slots])
+        shape = next(s for s in self.programs.shapes if not s.tokens and s.rows >= counts.max() * self.limits.shards)
+        for _, place in found:
+            line = self._lines[place.slot]
+            line["length"], line["count"], line["step"], line["keep"] = place.length - 1, 1, place.sampled - 1, 1
+            self._tables[place.slot, : len(place.pages)] = place.pages
+        places = self._arrange(slots, shape.rows, in_place=shape.rows == self.limits.slots)
+        self.state, output = self.programs[shape](self.leaves, self.state, self._words(places, slots, shape.rows))
+        return self._send(output, [(row, *one) for row, one in zip(places, found, strict=True)])
+
+    def _read_prompts(self, size: tuple[int, int], chunks: Sequence[Chunk]) -> Sent:
+        """Reads these pieces of prompts; of those that end one token is drawn."""
+        shape, slots = Shape(*size), []
+        tokens_RT = np.zeros(size, np.int32)
+        for chunk in chunks:
+            request, place = chunk.request, chunk.request.place
+            assert place is not None
+            slots.append(place.slot)
+            line = self._lines[place.slot]
+            if chunk.first:
+                self._prepare(request, place, line)
+            if chunk.load is not None:
+                self.state = self.store.load(self.state, place.slot, self._snapshot(place, chunk.load))
+            line["slot"], line["length"], line["count"] = place.slot, chunk.start, chunk.end - chunk.start
+            line["keep"], line["step"] = chunk.last, place.sampled - chunk.last
+            self._tables[place.slot, : len(place.pages)] = place.pages
+        places = self._arrange(slots, shape.rows, in_place=False)
+        for row, chunk in zip(places, chunks, strict=True):
+            tokens_RT[row, : chunk.end - chunk.start] = chunk.request.known[chunk.start : chunk.end]
+        words = self._words(places, slots, shape.rows)
+        self.state, output = self.programs[shape](self.leaves, self.state, words, tokens_RT)
+        drawn = []
+        for row, chunk in zip(places, chunks, strict=True):
+            place = chunk.request.place
+            assert place is not None
+            if chunk.save is not None:
+                self.store.save(self.state, place.slot, self._snapshot(place, chunk.save))
+            if chunk.last:
+                drawn.append((row, chunk.request, place))
+        return self._send(output, drawn)
+
+    def _snapshot(self, place: Place, number: int) -> int:
+        """The number of a snapshot among those of all devices."""
+        shards = self.limits.shards
+        return place.slot // self.limits.slots_of_shard * (self.store.count // shards) + number
+
+    def _prepare(self, request: Request, place: Place, line: Any) -> None:
+        """Writes what a request asks for to its slot."""
+        fill(line, request)
+        params, vocab = request.sampling, self.config.vocab_size
+        if params.penalised or params.logit_bias:
+            seen = np.bincount(request.tokens, minlength=vocab).astype(np.int32)
+            seen[np.unique(np.asarray(request.prompt))] += IN_PROMPT
+            bias = np.zeros(vocab, np.float32)
+            for token, by in params.logit_bias:
+                bias[token] += by
+            self.state = self._begin(self.state, np.int32(place.slot), seen, bias)
+
+    def _send(self, output: Any, rows: list[tuple[int, Request, Place]]) -> Sent:
+        output.copy_to_host_async()
+        return Sent(output, rows)
+
+    def _receive(self, sent: Sent) -> None:
+        """Reads what a step drew and gives it to those who still run where they did."""
+        if not sent.rows:
+            return
+        tokens, logprobs, top_tokens, top_logprobs = unpack(sent.output)
+        for row, request, place in sent.rows:
+            if request.place is not place:  # it has ended, or will be read again
+                continue
+            if count := request.sampling.top_logprobs:
+                pairs = zip(top_tokens[row, :count].tolist(), top_logprobs[row, :count].tolist(), strict=True)
+                request.top.append(list(pairs))
+            request.take(tokens[row], logprobs[row])
+            if request.finish_reason is not None:
+                self.scheduler.remove(request)
+            if request.on_token is not None:
+                request.on_token(request, tokens[row], logprobs[row])

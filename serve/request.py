@@ -1,0 +1,103 @@
+"""What is asked of the engine, and what has come back so far. No jax here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from serve.pages import Key
+from serve.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort"]
+
+TopTokens = list[tuple[int, float]]
+"""The most likely tokens at one place with their log-probabilities, the most likely first."""
+
+
+@dataclass
+class Completion:
+    """One reply.
+
+    tokens: with the stop token that ended it, if one did. logprobs: of each token, under the model's own
+    distribution. top: of each token the alternatives, if they were asked for. prompt_tokens: length of the prompt.
+    cached_tokens: those of them that had been read before.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int = field(default=0, compare=False)
+    top: list[TopTokens] = field(default_factory=list)
+
+    @property
+    def content(self) -> list[int]:
+        """The tokens without the one that ended the reply."""
+        return self.tokens[:-1] if self.finish_reason == "stop" else self.tokens
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt with everything resolved.
+
+    stop_ids: tokens that end the reply. max_tokens: its longest. priority: lower goes first. salt: what else the
+    prompt's keys and values depend on. on_token: called with each token as it is read.
+    """
+
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    stop_ids: tuple[int, ...]
+    max_tokens: int
+    priority: int = 0
+    salt: bytes = b""
+    on_token: Callable[[Request, int, float], None] | None = None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[TopTokens] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    cached_tokens: int = 0
+    place: Place | None = None
+
+    def take(self, token: int, logprob: float) -> None:
+        """Adds a token, and notes the end if this is it."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if token in self.stop_ids and len(self.tokens) > self.sampling.min_tokens:
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self.max_tokens:
+            self.finish_reason = "length"
+
+    @property
+    def known(self) -> list[int]:
+        """All tokens so far."""
+        return [*self.prompt, *self.tokens]
+
+    @property
+    def completion(self) -> Completion:
+        """The reply, once it has ended."""
+        assert self.finish_reason is not None
+        cached = self.cached_tokens
+        return Completion(self.tokens, self.logprobs, self.finish_reason, len(self.prompt), cached, self.top)
+
+
+@dataclass(eq=False)
+class Place:
+    """Where a running request stands; all of it is what was sent to the device, not what has come back.
+
+    slot: its row of what is kept for each request. pages: of its row, in order. target: tokens to be read before the
+    next one is sampled. length: positions filled. sampled: tokens generated. keys: of its full pages.
+    """
+
+    slot: int
+    target: int
+    sampled: int
+    pages: list[int] = field(default_factory=list)
+    keys: list[Key] = field(default_factory=list)
+    length: int = 0
+    started: bool = False
+
+    @property
+    def reading(self) -> bool:
+        """Whether some of the prompt has not been read yet."""
+        return self.length < self.target
