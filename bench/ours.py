@@ -144,10 +144,9 @@ def decode(shape: Shape, repeats: int, rows: int, devices: int = 1) -> Result:
     """Tokens per second of greedy decoding: the time of a whole reply less that of its first token."""
     names = compilations()
     server = Server(shape, rows, shape.prompt, devices)
-    before = len(names)
     for tokens in (shape.new, 1, shape.new):
         server.generate(tokens)
-    compiled, warm = names[before:], len(names)
+    warm = len(names)
     first, whole = Timings(), Timings()
     first.take(lambda: server.generate(1), repeats)
     whole.take(lambda: server.generate(shape.new), repeats)
@@ -156,7 +155,6 @@ def decode(shape: Shape, repeats: int, rows: int, devices: int = 1) -> Result:
     return result(
         rows * (shape.new - 1),
         whole,
-        step_compilations=compiled.count("jit(engine_step)"),
         compilations_after_warmup=len(names) - warm,
         first_token_seconds=median(first.seconds),
     )
