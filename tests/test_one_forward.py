@@ -23,6 +23,7 @@ from model.transformer import Transformer
 from serve.engine import Engine
 from serve.sampling_params import SamplingParams
 from serve.weights import decode_weights
+from train.scoring import Scorer
 
 VOCAB, TOKENS = 64, 61
 TINY = ModelConfig(
@@ -243,3 +244,33 @@ def test_nothing_flows_from_later_tokens_or_other_documents(name: str) -> None:
         expected &= flows
         assert flows[6, 0]
     np.testing.assert_array_equal(flows, expected)
+
+
+@pytest.mark.parametrize("name", [NAMES[0], RICHEST, *NAMES[-3:]])
+def test_the_engine_agrees_with_scoring(name: str) -> None:
+    """Requests come, are left and put back at any time, and begin with what others had read."""
+    model = make(name)
+    engine = Engine(model, Words(), slots=3, pages=9, snapshots=4)
+    rng = np.random.default_rng(1)
+    beginnings = [rng.integers(0, TOKENS, length).tolist() for length in (0, 66, 135)]
+    asked = []
+    for index in range(14):
+        prompt = beginnings[index % 3] + rng.integers(0, TOKENS, rng.integers(1, 20)).tolist()
+        sampling = SamplingParams(temperature=index % 2, max_tokens=int(rng.integers(1, 90)), seed=index)
+        asked.append(engine.request(prompt, sampling))
+    waiting = list(asked)
+    left = asked[5]
+    while waiting or engine.scheduler.busy:
+        for request in waiting[: rng.integers(0, 3)]:
+            engine.submit(waiting.pop(waiting.index(request)))
+        if len(left.tokens) > 2:
+            engine.abort(left)
+        engine.step()
+    engine.step()
+    assert left.finish_reason == "abort"
+    assert engine.scheduler.pools[0].held == 0
+    assert sum(request.cached_tokens > 0 for request in asked) >= 4
+    scored = Scorer(model).score([request.known for request in asked])
+    for request, line in zip(asked, scored, strict=True):
+        assert request is left or len(request.tokens) == request.max_tokens
+        np.testing.assert_allclose(request.logprobs, line[len(request.prompt) :], atol=1e-4)
