@@ -31,6 +31,7 @@ VERBS = (
     Verb("train", "train what a config describes: pretraining or instruction tuning", "train.main:train_main"),
     Verb("generate", "continue a prompt", "serve.generate_verb:generate_main"),
     Verb("chat", "talk to a model in the terminal", "serve.generate_verb:chat_main"),
+    Verb("serve", "an OpenAI-compatible server for a model", "serve.serve_verb:serve_main"),
     Verb("score", "log-probabilities of given tokens", "train.score_verb:score_main"),
     Verb("convert", "write a model as a Hugging Face directory", "model.convert_verb:convert_main"),
     Verb("plan", "compile the training step for TPUs that are not here: does it fit", "train.plan:plan_main"),

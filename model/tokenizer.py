@@ -105,6 +105,11 @@ class Tokenizer:
         return control.id if control else self._backend.piece_id(piece)
 
     @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of all control tokens: those of the frame and those of the markup."""
+        return frozenset(control.id for control in self._controls.values())
+
+    @cached_property
     def document_end_id(self) -> int:
         """The token that ends a document; UserError when the vocabulary has none."""
         found = self._first_control((*DOCUMENT_ENDS, self._named("eos_token")))

@@ -28,11 +28,11 @@ from serve.memory import default_pages
 from serve.pages import PagePool, Snapshots
 from serve.programs import Program, Programs, Shape
 from serve.request import Completion, Place, Request
-from serve.rows import ROW, WORDS, fill
+from serve.rows import WORDS, Lines
 from serve.sampling_params import MAX_STOP_IDS, SamplingParams
 from serve.scheduler import Chunk, Limits, Scheduler
 from serve.snapshots import Store
-from serve.steps import abstract_state, begin, empty_state, step, unpack
+from serve.steps import NOBODY, abstract_state, allow, begin, empty_state, step, unpack
 from serve.weights import abstract_weights, decode_weights
 from sharding.mesh import BATCH_AXES, platform
 
@@ -113,9 +113,8 @@ class Engine:
         self.store = Store(self.config, dtype, snapshots // shards * shards if linear else 0, self._on_mesh)
         self.scheduler = self._new_scheduler()
         self.programs = Programs(self._compile, self._shapes())
-        self._begin = self._on_mesh(jax.jit(begin, donate_argnums=0))
-        self._lines = np.zeros(slots, ROW)
-        self._tables = np.zeros((slots, width), np.int32)
+        self._begin, self._allow = (self._on_mesh(jax.jit(f, donate_argnums=0)) for f in (begin, allow))
+        self.lines = Lines(self.limits)
         self._sent: deque[Sent] = deque()
         self._commands: deque[tuple[Request, bool]] = deque()
         self._stepping = threading.Lock()
@@ -152,7 +151,11 @@ class Engine:
     @property
     def model(self) -> Transformer:
         """The weights as decoding uses them; `leaves` are their arrays, which the compiled steps take."""
-        return jax.tree.unflatten(self._structure, self.leaves)
+        return self.with_leaves(self.leaves)
+
+    def with_leaves(self, leaves: Sequence[jax.Array]) -> Transformer:
+        """The model with other arrays, such as those that a compiled function is given."""
+        return jax.tree.unflatten(self._structure, leaves)
 
     def _shapes(self) -> list[Shape]:
         """The shapes that steps have; a request alone needs the first two."""
@@ -165,11 +168,10 @@ class Engine:
 
     def _compile(self, shape: Shape) -> Program:
         """The step for one shape."""
-        structure = self._structure
 
         def engine_step(leaves: list[jax.Array], *args: Any) -> Any:
             return step(
-                jax.tree.unflatten(structure, leaves),
+                self.with_leaves(leaves),
                 *args,
                 page=self.page,
                 shards=self.limits.shards,
@@ -182,7 +184,7 @@ class Engine:
         args = [jax.ShapeDtypeStruct((shape.rows, WORDS + limits.width), jnp.int32, sharding=replicated)]
         if shape.tokens:
             args.append(jax.ShapeDtypeStruct((shape.rows, shape.tokens), jnp.int32, sharding=replicated))
-        with self._mesh_context():
+        with self.mesh_context():
             return jax.jit(engine_step, donate_argnums=1).lower(leaves, state, *args).compile()
 
     def warm_up(self) -> None:
@@ -191,16 +193,19 @@ class Engine:
             made.result()
         seen, bias = np.zeros(self.config.vocab_size, np.int32), np.zeros(self.config.vocab_size, np.float32)
         self.state = self._begin(self.state, np.int32(0), seen, bias)
+        none = np.full(self.limits.slots, NOBODY, np.int32)
+        self.state = self._allow(self.state, none, np.zeros(self.state.tables.allowed_SW.shape, np.uint32))
         if self.store.count:
             self.store.save(self.state, 0, 0)
             self.state = self.store.load(self.state, 0, 0)
 
-    def _mesh_context(self) -> Any:
+    def mesh_context(self) -> Any:
+        """The mesh in force."""
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _on_mesh(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            with self._mesh_context():
+            with self.mesh_context():
                 return function(*args)
 
         return call
@@ -318,8 +323,14 @@ class Engine:
         """Sends the next step to the device and reads the one before; False if there was nothing to do."""
         with self._stepping:
             self._obey()
+            if any(request.constraint is not None for request in self.scheduler.running):
+                while self._sent:  # what may come next depends on what has come
+                    self._receive(self._sent.popleft())
             work = self.scheduler.next()
             before = len(self._sent)
+            for chunk in work.chunks:
+                self._begin_row(chunk)
+            self._constrain([*work.rows, *(chunk.request for chunk in work.chunks if chunk.last)])
             if work.rows:
                 self._sent.append(self._decode(work.rows))
             if work.chunks:
@@ -339,23 +350,6 @@ class Engine:
                 request.finish_reason = "abort"
                 self.scheduler.remove(request)
 
-    def _arrange(self, slots: Sequence[int], rows: int, *, in_place: bool) -> list[int]:
-        """The row of each slot in a program with `rows` rows: each device has its own slots' one after the other."""
-        if in_place:
-            return list(slots)
-        limits, taken, places = self.limits, [0] * self.limits.shards, []
-        for slot in slots:
-            shard = slot // limits.slots_of_shard
-            places.append(shard * (rows // limits.shards) + taken[shard])
-            taken[shard] += 1
-        return places
-
-    def _words(self, places: Sequence[int], slots: Sequence[int], rows: int) -> np.ndarray:
-        words = np.zeros((rows, WORDS + self.limits.width), np.int32)
-        words[places, :WORDS] = self._lines[list(slots)].view(np.int32).reshape(len(slots), WORDS)
-        words[places, WORDS:] = self._tables[list(slots)]
-        return words
-
     def _decode(self, requests: Sequence[Request]) -> Sent:
         """One more token of each of these rows."""
         found = [(request, request.place) for request in requests if request.place is not None]
@@ -363,11 +357,9 @@ class Engine:
         counts = np.bincount([slot // self.limits.slots_of_shard for slot in slots])
         shape = next(s for s in self.programs.shapes if not s.tokens and s.rows >= counts.max() * self.limits.shards)
         for _, place in found:
-            line = self._lines[place.slot]
-            line["length"], line["count"], line["step"], line["keep"] = place.length - 1, 1, place.sampled - 1, 1
-            self._tables[place.slot, : len(place.pages)] = place.pages
-        places = self._arrange(slots, shape.rows, in_place=shape.rows == self.limits.slots)
-        self.state, output = self.programs[shape](self.leaves, self.state, self._words(places, slots, shape.rows))
+            self.lines.put(place, length=place.length - 1, count=1, step=place.sampled - 1, keep=True)
+        places, words = self.lines.words(slots, shape.rows, in_place=shape.rows == self.limits.slots)
+        self.state, output = self.programs[shape](self.leaves, self.state, words)
         return self._send(output, [(row, *one) for row, one in zip(places, found, strict=True)])
 
     def _read_prompts(self, size: tuple[int, int], chunks: Sequence[Chunk]) -> Sent:
@@ -375,21 +367,14 @@ class Engine:
         shape, slots = Shape(*size), []
         tokens_RT = np.zeros(size, np.int32)
         for chunk in chunks:
-            request, place = chunk.request, chunk.request.place
+            place = chunk.request.place
             assert place is not None
             slots.append(place.slot)
-            line = self._lines[place.slot]
-            if chunk.first:
-                self._prepare(request, place, line)
-            if chunk.load is not None:
-                self.state = self.store.load(self.state, place.slot, self._snapshot(place, chunk.load))
-            line["slot"], line["length"], line["count"] = place.slot, chunk.start, chunk.end - chunk.start
-            line["keep"], line["step"] = chunk.last, place.sampled - chunk.last
-            self._tables[place.slot, : len(place.pages)] = place.pages
-        places = self._arrange(slots, shape.rows, in_place=False)
+            count, step = chunk.end - chunk.start, place.sampled - chunk.last
+            self.lines.put(place, length=chunk.start, count=count, step=step, keep=chunk.last)
+        places, words = self.lines.words(slots, shape.rows, in_place=False)
         for row, chunk in zip(places, chunks, strict=True):
             tokens_RT[row, : chunk.end - chunk.start] = chunk.request.known[chunk.start : chunk.end]
-        words = self._words(places, slots, shape.rows)
         self.state, output = self.programs[shape](self.leaves, self.state, words, tokens_RT)
         drawn = []
         for row, chunk in zip(places, chunks, strict=True):
@@ -406,9 +391,15 @@ class Engine:
         shards = self.limits.shards
         return place.slot // self.limits.slots_of_shard * (self.store.count // shards) + number
 
-    def _prepare(self, request: Request, place: Place, line: Any) -> None:
-        """Writes what a request asks for to its slot."""
-        fill(line, request)
+    def _begin_row(self, chunk: Chunk) -> None:
+        """Writes what a request asks for to its slot, if it has just got it, and what linear layers remembered."""
+        request, place = chunk.request, chunk.request.place
+        assert place is not None
+        if chunk.load is not None:
+            self.state = self.store.load(self.state, place.slot, self._snapshot(place, chunk.load))
+        if not chunk.first:
+            return
+        self.lines.begin(request, place)
         params, vocab = request.sampling, self.config.vocab_size
         if params.penalised or params.logit_bias:
             seen = np.bincount(request.tokens, minlength=vocab).astype(np.int32)
@@ -417,6 +408,24 @@ class Engine:
             for token, by in params.logit_bias:
                 bias[token] += by
             self.state = self._begin(self.state, np.int32(place.slot), seen, bias)
+
+    def _constrain(self, requests: Sequence[Request]) -> None:
+        """Tells the device what these may draw next."""
+        bound = [request for request in requests if request.constraint is not None]
+        if not bound:
+            return
+        width = -(-self.config.vocab_size // 32)
+        slots_S = np.full(self.limits.slots, NOBODY, np.int32)
+        allowed_SW = np.zeros((self.limits.slots, width), np.uint32)
+        for index, request in enumerate(bound):
+            place, constraint = request.place, request.constraint
+            assert place is not None and constraint is not None
+            bits = constraint.allowed()
+            self.lines.restricted_S[place.slot] = bits is not None
+            if bits is not None:
+                bits = bits[:width]  # a grammar may count more tokens than the embedding has rows
+                slots_S[index], allowed_SW[index, : len(bits)] = place.slot, bits
+        self.state = self._allow(self.state, slots_S, allowed_SW)
 
     def _send(self, output: Any, rows: list[tuple[int, Request, Place]]) -> Sent:
         output.copy_to_host_async()

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from serve.pages import Key
 from serve.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
 
+Bits = Any
+
 TopTokens = list[tuple[int, float]]
 """The most likely tokens at one place with their log-probabilities, the most likely first."""
+
+
+class Constraint(Protocol):
+    """What may come next in a reply; such a request is read after each step before the next one is sent."""
+
+    def allowed(self) -> Bits | None:
+        """Bits of the tokens that may be drawn next, 32 to a word (`[W]`, uint32); None: all."""
+        ...
+
+    def take(self, token: int) -> None:
+        """Goes on with the token that was drawn."""
+        ...
 
 
 @dataclass
@@ -42,7 +56,7 @@ class Request:
     """A prompt with everything resolved.
 
     stop_ids: tokens that end the reply. max_tokens: its longest. priority: lower goes first. salt: what else the
-    prompt's keys and values depend on. on_token: called with each token as it is read.
+    prompt's keys and values depend on. on_token: called with each token as it is read. constraint: of what may come.
     """
 
     prompt: Sequence[int]
@@ -52,6 +66,7 @@ class Request:
     priority: int = 0
     salt: bytes = b""
     on_token: Callable[[Request, int, float], None] | None = None
+    constraint: Constraint | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top: list[TopTokens] = field(default_factory=list)
@@ -63,6 +78,8 @@ class Request:
         """Adds a token, and notes the end if this is it."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
+        if self.constraint is not None:
+            self.constraint.take(token)
         if token in self.stop_ids and len(self.tokens) > self.sampling.min_tokens:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.max_tokens:

@@ -5,6 +5,7 @@ Everything that a request may ask for is in it as data: no choice of it compiles
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,9 +14,10 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, UInt32
 
-from serve.request import Request
+from serve.request import Place, Request
 from serve.sampling import LARGEST_TOP_K, SamplingArrays
 from serve.sampling_params import MAX_STOP_IDS
+from serve.scheduler import Limits
 
 ROW = np.dtype(
     [
@@ -58,6 +60,48 @@ def fill(row: Any, request: Request) -> None:
     row["seed"] = params.seed >> 32, params.seed & 0xFFFFFFFF
     row["stop"] = -1
     row["stop"][: len(request.stop_ids)] = request.stop_ids
+
+
+class Lines:
+    """What the host knows of each slot, as a step is told it.
+
+    restricted_S: whether a slot's request may draw some tokens only.
+    """
+
+    def __init__(self, limits: Limits):
+        self._limits = limits
+        self._lines_S = np.zeros(limits.slots, ROW)
+        self._tables_SX = np.zeros((limits.slots, limits.width), np.int32)
+        self.restricted_S = np.zeros(limits.slots, bool)
+
+    def begin(self, request: Request, place: Place) -> None:
+        """A request has a slot."""
+        fill(self._lines_S[place.slot], request)
+        self.restricted_S[place.slot] = False
+
+    def put(self, place: Place, *, length: int, count: int, step: int, keep: bool) -> None:
+        """What the next step does with a slot."""
+        line = self._lines_S[place.slot]
+        line["slot"], line["length"], line["count"], line["step"], line["keep"] = place.slot, length, count, step, keep
+        self._tables_SX[place.slot, : len(place.pages)] = place.pages
+
+    def words(self, slots: Sequence[int], rows: int, *, in_place: bool) -> tuple[list[int], np.ndarray]:
+        """The row of each of these slots in a program with `rows` rows, and the words of all rows.
+
+        In place, row r has slot r; otherwise each device has its own slots' rows one after the other.
+        """
+        limits, taken = self._limits, [0] * self._limits.shards
+        found = list(slots)
+        for index, slot in enumerate(() if in_place else slots):
+            shard = slot // limits.slots_of_shard
+            found[index] = shard * (rows // limits.shards) + taken[shard]
+            taken[shard] += 1
+        special = self._lines_S["special"] & ~ALLOWED
+        self._lines_S["special"] = np.where(self.restricted_S, special | ALLOWED, special)
+        words_RW = np.zeros((rows, WORDS + limits.width), np.int32)
+        words_RW[found, :WORDS] = self._lines_S[list(slots)].view(np.int32).reshape(len(slots), WORDS)
+        words_RW[found, WORDS:] = self._tables_SX[list(slots)]
+        return found, words_RW
 
 
 @struct.dataclass

@@ -16,7 +16,20 @@ import terminal
 from errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-VERBS = {"demo", "tokenizer", "prepare", "train", "generate", "chat", "score", "convert", "plan", "report", "doctor"}
+VERBS = {
+    "demo",
+    "tokenizer",
+    "prepare",
+    "train",
+    "generate",
+    "chat",
+    "serve",
+    "score",
+    "convert",
+    "plan",
+    "report",
+    "doctor",
+}
 HEAVY = ("jax", "jaxlib", "numpy", "flax", "optax", "orbax", "grain", "sentencepiece", "tokenizers", "rich", "jinja2")
 
 

@@ -31,6 +31,7 @@ IMPORT_NAMES = {
     "orbax-checkpoint": "orbax",
     "tensorboardx": "tensorboardX",
     "ml-dtypes": "ml_dtypes",
+    "prometheus-client": "prometheus_client",
 }
 TREE_LEAVES = ("tests", "bench", "notebooks", "configs/demo_data", "serve/ui", ".ci")
 """Folders that the README's tree names as a whole."""

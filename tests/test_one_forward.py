@@ -273,4 +273,5 @@ def test_the_engine_agrees_with_scoring(name: str) -> None:
     scored = Scorer(model).score([request.known for request in asked])
     for request, line in zip(asked, scored, strict=True):
         assert request is left or len(request.tokens) == request.max_tokens
-        np.testing.assert_allclose(request.logprobs, line[len(request.prompt) :], atol=1e-4)
+        expected = np.asarray(line[len(request.prompt) :], dtype=np.float64)
+        np.testing.assert_allclose(request.logprobs, expected, atol=1e-4)

@@ -1,0 +1,344 @@
+"""The HTTP server: endpoints, who may use them, and what goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from errors import UserError
+from serve.api import chat, completions
+from serve.api.errors import ApiError, from_validation
+from serve.api.metrics import Metrics
+from serve.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from serve.api.service import Service
+
+log = logging.getLogger("qmax.serve")
+T = TypeVar("T")
+
+PUBLIC = ("/", "/health", "/ui")
+"""Paths that need no key, with what is below them for the last."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the server behaves.
+
+    keys: any of them opens it; none: everybody may. origins: of pages that may call it. max_body: bytes of a request.
+    timeout: seconds that a request may take.
+    """
+
+    keys: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    max_body: int = 32 * 2**20
+    timeout: float = 600.0
+
+
+@dataclass
+class Shared:
+    """What is there while the server runs. service: None until the model is loaded."""
+
+    settings: Settings
+    metrics: Metrics = field(default_factory=Metrics)
+    service: Service | None = None
+    state: str = "loading"
+    failure: str = ""
+
+    def ready(self) -> Service:
+        """The service; ApiError 503 while there is none."""
+        if self.service is None:
+            message = self.failure or "the model is being loaded; try again in a moment"
+            raise ApiError(503, message, code="not_ready", headers={"Retry-After": "2"})
+        return self.service
+
+
+class Gate:
+    """Looks at every request before it is read: at its key, its size. Notes how it was answered, never what it says."""
+
+    def __init__(self, app: ASGIApp, shared: Shared):
+        self._app, self._shared = app, shared
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        name = given if given.isprintable() and 0 < len(given) <= 64 else uuid4().hex
+        began, path, status = time.monotonic(), scope["path"], 500
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", name.encode())]
+            await send(message)
+
+        try:
+            self._check(scope, headers)
+            await self._app(scope, await self._read(receive), noted)
+        except ApiError as error:
+            await error.response(scope, receive, noted)
+        finally:
+            known = path if path in KNOWN else "other"
+            self._shared.metrics.requests.labels(known, str(status)).inc()
+            seconds = time.monotonic() - began
+            log.info(
+                json.dumps(
+                    {
+                        "id": name,
+                        "method": scope["method"],
+                        "path": known,
+                        "status": status,
+                        "seconds": round(seconds, 4),
+                    }
+                )
+            )
+
+    async def _read(self, receive: Receive) -> Receive:
+        """Reads the body, so that what is too large is refused before anybody looks at it; gives it out again."""
+        messages: list[Message] = []
+        most, size = self._shared.settings.max_body, 0
+        while not messages or messages[-1].get("more_body"):
+            messages.append(await receive())
+            size += len(messages[-1].get("body", b""))
+            if size > most:
+                raise ApiError(413, f"the body has more than the {most:,} bytes that this server takes")
+
+        async def again() -> Message:
+            return messages.pop(0) if messages else await receive()
+
+        return again
+
+    def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        settings, path = self._shared.settings, scope["path"]
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > settings.max_body:
+            raise ApiError(413, f"the body has {int(length):,} bytes; this server takes {settings.max_body:,}")
+        if not settings.keys or scope["method"] == "OPTIONS" or path in PUBLIC or path.startswith("/ui/"):
+            return
+        words = headers.get(b"authorization", b"").split(None, 1)
+        given = words[1] if len(words) == 2 and words[0].lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        # All are compared, each in constant time: how long it takes tells nothing of any key.
+        if not any([hmac.compare_digest(given.strip(), key.encode()) for key in settings.keys]):  # noqa: C419
+            raise ApiError(
+                401, "the API key is missing or wrong; send it as Authorization: Bearer KEY", code="invalid_api_key"
+            )
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T], timeout: float) -> T:
+    """The result of `work`; it is cancelled when the client goes, or after `timeout` seconds."""
+    task = asyncio.ensure_future(work)
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    watcher = asyncio.ensure_future(watch())
+    try:
+        await asyncio.wait({task, watcher}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if watcher.done():
+            raise ApiError(499, "the client has gone")
+        raise ApiError(408, f"the request took more than {timeout:g} seconds", code="timeout")
+    finally:
+        for one in (task, watcher):
+            one.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def events(pieces: AsyncIterator[dict[str, Any]], timeout: float) -> AsyncIterator[str]:
+    """Server-sent events; an error after the first is the last event but one."""
+    try:
+        async with asyncio.timeout(timeout):
+            async for piece in pieces:
+                yield f"data: {json.dumps(piece, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    except ApiError as error:
+        yield f"data: {json.dumps(error.body)}\n\n"
+    except TimeoutError:
+        error = ApiError(408, f"the request took more than {timeout:g} seconds", code="timeout")
+        yield f"data: {json.dumps(error.body)}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+def make_app(shared: Shared, start: Callable[[Shared], Awaitable[None]] | None = None) -> FastAPI:
+    """The application.
+
+    Args:
+        start: loads the model; called when the server has begun to listen.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        task = asyncio.ensure_future(start(shared)) if start is not None else None
+        yield
+        if task is not None:
+            task.cancel()
+        if shared.service is not None:
+            shared.service.runner.close()
+
+    app = FastAPI(title="qmax", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.shared = shared
+    add_errors(app)
+    add_models(app, shared)
+    add_generation(app, shared)
+    add_tokens(app, shared)
+    if shared.settings.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(shared.settings.origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(Gate, shared=shared)
+    return app
+
+
+def add_errors(app: FastAPI) -> None:
+    """Everything that goes wrong has OpenAI's body."""
+
+    @app.exception_handler(ApiError)
+    async def refused(_: Request, error: ApiError) -> Response:
+        return error.response
+
+    @app.exception_handler(UserError)
+    async def mistaken(_: Request, error: UserError) -> Response:
+        return ApiError(400, str(error)).response
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> Response:
+        return from_validation(error, FIELDS.get(request.url.path, {})).response
+
+    @app.exception_handler(HTTPException)
+    async def other(request: Request, error: HTTPException) -> Response:
+        words = {
+            404: f"there is nothing at {request.url.path}",
+            405: f"{request.url.path} does not take {request.method}",
+        }
+        return ApiError(
+            error.status_code, words.get(error.status_code, str(error.detail)), headers=error.headers
+        ).response
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        log.error("a request failed", exc_info=error)
+        return ApiError(500, "the server failed; its log says why").response
+
+
+FIELDS = {
+    "/v1/completions": CompletionBody.model_fields,
+    "/v1/chat/completions": ChatBody.model_fields,
+    "/tokenize": TokenizeBody.model_fields,
+    "/detokenize": DetokenizeBody.model_fields,
+}
+
+KNOWN = (*FIELDS, "/v1/models", "/health", "/metrics", "/openapi.json", "/")
+
+
+def add_models(app: FastAPI, shared: Shared) -> None:
+    """What is served, and how the server is."""
+
+    def card(service: Service) -> dict[str, Any]:
+        context = service.engine.context
+        return {
+            "id": service.name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "qmax",
+            "max_model_len": context,
+        }
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card(shared.ready())]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service = shared.ready()
+        service.check_model(name)
+        return card(service)
+
+    @app.get("/health")
+    async def health() -> Response:
+        service = shared.service
+        state = "failed" if service is not None and service.runner.failed else shared.state
+        return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(shared.metrics.render(), media_type="text/plain; version=0.0.4")
+
+
+def add_generation(app: FastAPI, shared: Shared) -> None:
+    """Completions and chats."""
+
+    async def answer(request: Request, made: Any, stream: bool | None) -> Response:
+        timeout = shared.settings.timeout
+        if not stream:
+            return JSONResponse(await unless_gone(request, made.whole(), timeout))
+        # What cannot be queued is refused with its status, before anything is sent.
+        made.service.runner.check_room(len(made.requests))
+        pieces = made.stream()
+        return StreamingResponse(
+            events(pieces, timeout),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+
+    @app.post("/v1/completions")
+    async def complete(request: Request, body: CompletionBody) -> Response:
+        return await answer(request, await completions.make(shared.ready(), body), body.stream)
+
+    @app.post("/v1/chat/completions")
+    async def converse(request: Request, body: ChatBody) -> Response:
+        return await answer(request, await chat.make(shared.ready(), body), body.stream)
+
+
+def add_tokens(app: FastAPI, shared: Shared) -> None:
+    """Text to tokens and back."""
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        service = shared.ready()
+        service.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError(400, "give one of prompt and messages", param="prompt", code="invalid_value")
+        if body.prompt is not None:
+            tokens = await asyncio.to_thread(service.tokenizer.encode, body.prompt, specials=True)
+        else:
+            tokens = await service.encode_chat(
+                body.messages,
+                tools=body.tools,
+                add_generation_prompt=body.add_generation_prompt,
+                enable_thinking=body.enable_thinking,
+            )
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": service.engine.context}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
+        service = shared.ready()
+        service.check_model(body.model)
+        return {"prompt": service.tokenizer.decode(body.tokens)}
+
+
+def watch(metrics: Metrics, services: Sequence[Service]) -> None:
+    """Gauges of what the engines hold."""
+    (service,) = services
+    engine, runner = service.engine, service.runner
+    metrics.watch("qmax_running", "Requests that have a slot", lambda: runner.running)
+    metrics.watch("qmax_unfinished", "Requests that have not ended", lambda: runner.unfinished)
+    metrics.watch("qmax_pages_held", "Pages that rows have", lambda: sum(pool.held for pool in engine.scheduler.pools))
+    metrics.watch("qmax_pages", "Pages of keys and values", lambda: engine.pages)
+    metrics.watch("qmax_preemptions", "Rows that were put back for want of pages", lambda: engine.scheduler.preemptions)

@@ -1,0 +1,214 @@
+"""`qmax serve`: a model behind an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ipaddress
+import json
+import logging
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errors import UserError
+from serve.generate_verb import MODELS
+from terminal import Parser
+
+if TYPE_CHECKING:
+    from serve.api.app import Settings, Shared
+    from serve.api.service import Service
+
+KEYS = "QMAX_API_KEYS"
+
+
+def serve_main(argv: list[str]) -> int:
+    """Runs `qmax serve`; returns the exit code. UserError for what the user can mend."""
+    args = _parser().parse_args(argv)
+    keys = read_keys(args.api_key_file)
+    if not keys and not args.allow_anyone and not is_loopback(args.host):
+        raise UserError(
+            f"--host {args.host} can be reached from other machines and there is no API key; put keys into {KEYS} or "
+            "--api-key-file, or say --allow-anyone"
+        )
+    if not Path(args.model).exists():
+        raise UserError(f"{args.model} does not exist; give {MODELS}")
+    listening = listen(args.host, args.port)
+    from sharding.runtime import configure_jax
+
+    configure_jax()
+    from serve.api.app import Settings
+
+    settings = Settings(keys, tuple(args.cors), args.max_body, args.timeout)
+    return run(args, settings, listening)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "serve",
+        "Serves a model over HTTP as OpenAI does: /v1/chat/completions, /v1/completions, /v1/models, and /tokenize,\n"
+        f"/detokenize, /health, /metrics.\nMODEL is {MODELS}.",
+        [
+            "qmax serve runs/demo/sft",
+            "qmax serve Qwen3-0.6B --name qwen3 --slots 32 --context 8192",
+            f"{KEYS}=secret qmax serve runs/demo/sft --host 0.0.0.0 --port 8000",
+        ],
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="run or model directory, .gguf or llama2.c file")
+
+    def add(name: str, kind: Any, default: Any, words: str, metavar: str = "N") -> None:
+        shown = "" if default is None else " (default: %(default)s)"
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=words + shown)
+
+    add("host", str, "127.0.0.1", "address to listen at", "ADDRESS")
+    add("port", int, 8000, "port to listen at; 0 takes a free one")
+    add("name", str, None, "what requests call the model (default: the last part of its path)", "NAME")
+    add("slots", int, 16, "requests that run at the same time")
+    add("context", int, None, "most positions of a request (default: the model's)")
+    add("pages", int, None, "pages of keys and values (default: enough, or as many as fit into half the free memory)")
+    add("queue", int, 256, "requests that may wait; further ones get 429")
+    add("timeout", float, 600.0, "seconds that a request may take", "SECONDS")
+    add("max-body", int, 32 * 2**20, "bytes of a request", "BYTES")
+    add("api-key-file", Path, None, f"file with an API key on each line; {KEYS} takes keys too, with commas", "FILE")
+    parser.add_argument(
+        "--cors", action="append", default=[], metavar="ORIGIN", help="pages from here may call; * for all"
+    )
+    parser.add_argument("--allow-anyone", action="store_true", help="listen beyond this machine without a key")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="the same bits whatever else is asked, more slowly"
+    )
+    parser.add_argument("--weights", choices=("same", "int8"), default="same", help="how matrices are kept")
+    return parser
+
+
+def read_keys(file: Path | None) -> tuple[str, ...]:
+    """The API keys of the environment and of a file. UserError where it cannot be read or holds none."""
+    keys = [key.strip() for key in os.environ.get(KEYS, "").split(",")]
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read API keys from {file}: {error}") from error
+        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not found:
+            raise UserError(f"{file} holds no API key; put one on each line")
+        keys += found
+    return tuple(key for key in keys if key)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach this address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at this address, before anything slow begins. UserError where that cannot be."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        made = socket.socket(family)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen at {host}:{port}: {error}; choose another with --host and --port") from error
+    return made
+
+
+def run(args: argparse.Namespace, settings: Settings, listening: socket.socket) -> int:
+    """Serves until it is told to stop."""
+    import uvicorn
+
+    from serve.api.app import Shared, make_app
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    shared = Shared(settings)
+    failed: list[BaseException] = []
+
+    async def start(shared: Shared) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            shared.service = await asyncio.to_thread(load, args, shared, loop)
+            shared.state = "ready"
+            shared.service.engine.programs.prepare()
+            print(f"serving {shared.service.name}", file=sys.stderr, flush=True)
+        except Exception as error:  # it is told by the main thread, as every verb's errors are
+            failed.append(error)
+            server.should_exit = True
+
+    app = make_app(shared, start)
+    # Clients that wait longer than this when the server ends are cut off.
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=int(settings.timeout) or 1
+    )
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if shared.state == "ready":
+                shared.state = "draining"
+                print("stopping: replies that have begun are finished; Ctrl-C again leaves at once", file=sys.stderr)
+            super().handle_exit(sig, frame)
+
+    server = Server(config)
+    host, port = listening.getsockname()[:2]
+    print(f"listening at http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
+    server.run(sockets=[listening])
+    if failed:
+        raise failed[0]
+    return 0
+
+
+def load(args: argparse.Namespace, shared: Shared, loop: asyncio.AbstractEventLoop) -> Service:
+    """The service of a model, its first programs compiled."""
+    from model.load import load_model
+    from serve.api.app import watch
+    from serve.api.runner import Runner
+    from serve.api.service import Defaults, Service
+    from serve.engine import Engine
+
+    began = time.monotonic()
+
+    def tell(words: str) -> None:
+        print(f"[{time.monotonic() - began:5.1f} s] {words}", file=sys.stderr, flush=True)
+
+    tell(f"reading {args.model}")
+    model, tokenizer = load_model(args.model)
+    engine = Engine(
+        model,
+        tokenizer,
+        slots=args.slots,
+        context=args.context,
+        pages=args.pages,
+        deterministic=args.deterministic,
+        weight_type=args.weights,
+    )
+    tell(f"{args.slots} slots, {engine.pages:,} pages of {engine.page} positions, {engine.context:,} for each request")
+    first = engine.programs.prepare(engine.programs.shapes[:2])
+    for number, made in enumerate(first, 1):
+        made.result()
+        tell(f"compiled {number} of the {len(first)} programs that are needed first")
+    runner = Runner(engine, loop, args.queue)
+    name = args.name or Path(args.model).resolve().name
+    service = Service(name, engine, tokenizer, runner, shared.metrics, Defaults.of(generation_config(args.model)))
+    watch(shared.metrics, [service])
+    return service
+
+
+def generation_config(path: Path) -> dict[str, Any]:
+    """What generation_config.json says beside a model, if it has one. UserError where it is no JSON object."""
+    file = path / "generation_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file} must hold a JSON object")
+    return found
