@@ -92,7 +92,7 @@ class Engine:
         weight_type: WeightType = "same",
     ):
         self.config, self.tokenizer, self.mesh = model.config, tokenizer, mesh
-        self._check(slots, context)
+        self._check(slots, context, pages)
         self.weight_type: WeightType = weight_type
         self.context = min(context or self.config.max_positions, self.config.max_positions)
         self.page = page_size(self.context)
@@ -119,13 +119,13 @@ class Engine:
         self._commands: deque[tuple[Request, bool]] = deque()
         self._stepping = threading.Lock()
 
-    def _check(self, slots: int, context: int | None) -> None:
+    def _check(self, slots: int, context: int | None, pages: int | None) -> None:
         if self.tokenizer.vocab_size > self.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens and the model {self.config.vocab_size}; "
                 "use the tokenizer that the model was trained with"
             )
-        for name, value, least in (("slots", slots, 1), ("context", context, 2)):
+        for name, value, least in (("slots", slots, 1), ("context", context, 2), ("pages", pages, 1)):
             if value is not None and value < least:
                 raise UserError(f"{name}={value} must be {least} or more")
 

@@ -8,6 +8,7 @@ import ipaddress
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -21,6 +22,7 @@ from terminal import Parser
 if TYPE_CHECKING:
     from serve.api.app import Settings, Shared
     from serve.api.service import Service
+    from serve.feedback import Feedback
 
 KEYS = "QMAX_API_KEYS"
 
@@ -36,6 +38,9 @@ def serve_main(argv: list[str]) -> int:
         )
     if not Path(args.model).exists():
         raise UserError(f"{args.model} does not exist; give {MODELS}")
+    from serve.feedback import Feedback
+
+    feedback = None if args.feedback is None else Feedback(args.feedback)
     listening = listen(args.host, args.port)
     from sharding.runtime import configure_jax
 
@@ -43,14 +48,16 @@ def serve_main(argv: list[str]) -> int:
     from serve.api.app import Settings
 
     settings = Settings(keys, tuple(args.cors), args.max_body, args.timeout)
-    return run(args, settings, listening)
+    with listening:
+        return run(args, settings, listening, feedback)
 
 
 def _parser() -> Parser:
     parser = Parser(
         "serve",
-        "Serves a model over HTTP as OpenAI does: /v1/chat/completions, /v1/completions, /v1/models, and /tokenize,\n"
-        f"/detokenize, /health, /metrics.\nMODEL is {MODELS}.",
+        "Serves a model over HTTP as OpenAI does, with a chat page at /.\n"
+        "Endpoints: /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health, /metrics.\n"
+        f"MODEL is {MODELS}.",
         [
             "qmax serve runs/demo/sft",
             "qmax serve Qwen3-0.6B --name qwen3 --slots 32 --context 8192",
@@ -72,6 +79,7 @@ def _parser() -> Parser:
     add("queue", int, 256, "requests that may wait; further ones get 429")
     add("timeout", float, 600.0, "seconds that a request may take", "SECONDS")
     add("max-body", int, 32 * 2**20, "bytes of a request", "BYTES")
+    add("feedback", Path, None, "keep people's votes and corrections here, as rows that training reads", "FILE")
     add("api-key-file", Path, None, f"file with an API key on each line; {KEYS} takes keys too, with commas", "FILE")
     parser.add_argument(
         "--cors", action="append", default=[], metavar="ORIGIN", help="pages from here may call; * for all"
@@ -114,21 +122,26 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         made = socket.socket(family)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind((host, port))
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind((host, port))
+        except BaseException:
+            made.close()
+            raise
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen at {host}:{port}: {error}; choose another with --host and --port") from error
     return made
 
 
-def run(args: argparse.Namespace, settings: Settings, listening: socket.socket) -> int:
+def run(args: argparse.Namespace, settings: Settings, listening: socket.socket, feedback: Feedback | None) -> int:
     """Serves until it is told to stop."""
     import uvicorn
 
     from serve.api.app import Shared, make_app
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    shared = Shared(settings)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    shared = Shared(settings, feedback=feedback)
     failed: list[BaseException] = []
 
     async def start(shared: Shared) -> None:
@@ -153,7 +166,9 @@ def run(args: argparse.Namespace, settings: Settings, listening: socket.socket) 
             if shared.state == "ready":
                 shared.state = "draining"
                 print("stopping: replies that have begun are finished; Ctrl-C again leaves at once", file=sys.stderr)
-            super().handle_exit(sig, frame)
+            # uvicorn would raise the signal again when it has ended, and this process would seem to have died of it.
+            self.force_exit = self.should_exit and sig == signal.SIGINT
+            self.should_exit = True
 
     server = Server(config)
     host, port = listening.getsockname()[:2]

@@ -5,76 +5,46 @@ The official client talks to it over a socket, and httpx where the client would 
 
 from __future__ import annotations
 
-import asyncio
 import json
-import socket
-import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
-import jax
 import numpy as np
 import openai
 import pytest
-import uvicorn
 
-from model.config import ModelConfig, MoEConfig
 from model.tokenizer import Tokenizer
-from model.transformer import Transformer
-from serve.api.app import Settings, Shared, make_app, watch
-from serve.api.runner import Runner
-from serve.api.service import Defaults, Service
+from serve.api.app import Settings, Shared, make_app
 from serve.engine import Engine
+from tests.serving import Served, serving, tiny_tokenizer
 from train.scoring import Scorer
 
-ROOT = Path(__file__).resolve().parent.parent
+PUBLIC_PATHS = {"/", "/health", "/ui/{name}", "/ui/page.json"}
 KEY = "secret-of-the-tests"
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.load(ROOT / "configs" / "demo_data" / "tiny_tokenizer")
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")
-def shared(tokenizer: Tokenizer) -> Iterator[Shared]:
-    """A server with a random model, listening; its address is in `shared.address`."""
-    moe = MoEConfig(num_experts=4, experts_per_token=2, intermediate_size=16)
-    config = ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, 8, 48, max_positions=2048, moe=moe)
-    model = jax.jit(lambda: Transformer(config, jax.random.key(0)))()
-    engine = Engine(model, tokenizer, slots=4)
-    shared = Shared(Settings(keys=(KEY, "another"), max_body=100_000, origins=("https://page.example",)))
-
-    async def start(shared: Shared) -> None:
-        runner = Runner(engine, asyncio.get_running_loop(), queue=8)
-        shared.service = Service("tiny", engine, tokenizer, runner, shared.metrics, Defaults(temperature=0.0))
-        shared.state = "ready"
-        watch(shared.metrics, [shared.service])
-
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(make_app(shared, start), log_config=None))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    shared.address = f"http://127.0.0.1:{listening.getsockname()[1]}"  # pyright: ignore[reportAttributeAccessIssue]
-    while shared.state != "ready":
-        time.sleep(0.01)
-    yield shared
-    server.should_exit = True
-    thread.join()
+def shared() -> Iterator[Served]:
+    settings = Settings(keys=(KEY, "another"), max_body=100_000, origins=("https://page.example",))
+    with serving(Served(settings), queue=8) as served:
+        yield served
 
 
 @pytest.fixture(scope="module")
-def engine(shared: Shared) -> Engine:
+def engine(shared: Served) -> Engine:
     assert shared.service is not None
     return shared.service.engine
 
 
 @pytest.fixture(scope="module")
-def client(shared: Any) -> Iterator[openai.OpenAI]:
+def client(shared: Served) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(
         base_url=f"{shared.address}/v1", api_key=KEY, max_retries=0, _strict_response_validation=True
     ) as one:
@@ -82,7 +52,7 @@ def client(shared: Any) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def raw(shared: Any) -> Iterator[httpx.Client]:
+def raw(shared: Served) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=shared.address, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as one:
         yield one
 
@@ -352,13 +322,13 @@ def test_bodies_that_are_none(raw: httpx.Client) -> None:
     assert raw.get("/v1/completions").status_code == 405
 
 
-def test_without_a_key_only_public_paths_answer(shared: Any) -> None:
+def test_without_a_key_only_public_paths_answer(shared: Served) -> None:
     with httpx.Client(base_url=shared.address) as stranger:
         assert stranger.get("/health").json() == {"status": "ready"}
         paths = {route.path for route in make_app(Shared(Settings())).routes}  # pyright: ignore[reportAttributeAccessIssue]
-        for path in [*sorted(paths - {"/health"}), "/metrics", "/ui../metrics", "//v1/models", "/health/x"]:
+        for path in [*sorted(paths - PUBLIC_PATHS), "/metrics", "/ui../metrics", "//v1/models", "/health/x"]:
             for method in ("GET", "POST"):
-                answer = stranger.request(method, path)
+                answer = stranger.request(method, path.replace("{name:path}", "tiny"))
                 assert answer.status_code in (401, 404, 405), (path, answer.status_code)
                 if answer.status_code == 401:
                     assert answer.json()["error"]["code"] == "invalid_api_key"
@@ -367,7 +337,7 @@ def test_without_a_key_only_public_paths_answer(shared: Any) -> None:
         assert stranger.get("/v1/models", headers={"x-api-key": "another"}).status_code == 200
 
 
-def test_pages_of_other_origins(shared: Any) -> None:
+def test_pages_of_other_origins(shared: Served) -> None:
     with httpx.Client(base_url=shared.address) as page:
         asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
         good = page.options("/v1/chat/completions", headers={"Origin": "https://page.example", **asks})

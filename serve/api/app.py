@@ -24,8 +24,10 @@ from errors import UserError
 from serve.api import chat, completions
 from serve.api.errors import ApiError, from_validation
 from serve.api.metrics import Metrics
-from serve.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from serve.api.page import add_page
+from serve.api.schemas import ChatBody, CompletionBody, DetokenizeBody, FeedbackBody, TokenizeBody
 from serve.api.service import Service
+from serve.feedback import Feedback
 
 log = logging.getLogger("qmax.serve")
 T = TypeVar("T")
@@ -50,11 +52,12 @@ class Settings:
 
 @dataclass
 class Shared:
-    """What is there while the server runs. service: None until the model is loaded."""
+    """What is there while the server runs. service: None until the model is loaded. feedback: where it is kept, if."""
 
     settings: Settings
     metrics: Metrics = field(default_factory=Metrics)
     service: Service | None = None
+    feedback: Feedback | None = None
     state: str = "loading"
     failure: str = ""
 
@@ -198,6 +201,7 @@ def make_app(shared: Shared, start: Callable[[Shared], Awaitable[None]] | None =
     add_models(app, shared)
     add_generation(app, shared)
     add_tokens(app, shared)
+    add_page(app, shared)
     if shared.settings.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(shared.settings.origins), allow_methods=["*"], allow_headers=["*"]
@@ -242,6 +246,7 @@ FIELDS = {
     "/v1/chat/completions": ChatBody.model_fields,
     "/tokenize": TokenizeBody.model_fields,
     "/detokenize": DetokenizeBody.model_fields,
+    "/v1/feedback": FeedbackBody.model_fields,
 }
 
 KNOWN = (*FIELDS, "/v1/models", "/health", "/metrics", "/openapi.json", "/")

@@ -114,6 +114,18 @@ class ChatBody(Sampling):
     service_tier: Literal["auto", "default"] | None = None
 
 
+class FeedbackBody(Body):
+    """POST /v1/feedback: what a person says of a reply, who has agreed that it is kept."""
+
+    consent: Literal[True]
+    kind: Literal["vote", "correction"]
+    model: str
+    prompt: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    reply: str
+    good: bool | None = None
+    better: str | None = None
+
+
 class TokenizeBody(Body):
     """POST /tokenize: text, or a conversation."""
 

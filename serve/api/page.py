@@ -1,0 +1,82 @@
+"""The chat page and the feedback that it sends."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from starlette.responses import FileResponse, Response
+
+from errors import UserError
+from model.chat_template import check_messages
+from serve.api.errors import ApiError
+from serve.api.schemas import FeedbackBody
+from serve.parsing import END_THINK
+
+if TYPE_CHECKING:
+    from serve.api.app import Shared
+
+UI = Path(__file__).resolve().parent.parent / "ui"
+
+KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+"""Nothing from elsewhere runs in the page, whatever a model writes."""
+
+
+def add_page(app: FastAPI, shared: Shared) -> None:
+    """The page, its files, what it has to know, and feedback."""
+
+    def file(name: str) -> Response:
+        path = UI / name
+        return FileResponse(path, media_type=f"{KINDS[path.suffix]}; charset=utf-8", headers=HEADERS)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return file("index.html")
+
+    @app.get("/ui/page.json", include_in_schema=False)
+    async def about() -> dict[str, Any]:
+        service = shared.service
+        if service is None:
+            return {"ready": False, "model": "", "defaults": {}, "feedback": False, "thinks": False}
+        own = service.defaults
+        defaults = {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k, "enable_thinking": True}
+        thinks = service.tokenizer.token_id(END_THINK) is not None
+        feedback = shared.feedback is not None
+        return {"ready": True, "model": service.name, "defaults": defaults, "feedback": feedback, "thinks": thinks}
+
+    @app.get("/ui/{name}", include_in_schema=False)
+    async def part(name: str) -> Response:
+        if name not in FILES:
+            raise ApiError(404, f"there is nothing at /ui/{name}")
+        return file(name)
+
+    @app.post("/v1/feedback")
+    async def feedback(body: FeedbackBody) -> dict[str, Any]:
+        if shared.feedback is None:
+            raise ApiError(404, "this server keeps no feedback; start it with --feedback FILE")
+        try:
+            prompt = check_messages(body.prompt)
+        except UserError as error:
+            raise ApiError(400, str(error), param="prompt", code="invalid_value") from error
+        if body.kind == "vote":
+            if body.good is None:
+                raise ApiError(400, "a vote says whether the reply was good", param="good")
+            await asyncio.to_thread(shared.feedback.vote, body.model, prompt, body.reply, body.good)
+        else:
+            if not body.better or body.better == body.reply:
+                raise ApiError(400, "a correction differs from the reply", param="better")
+            await asyncio.to_thread(shared.feedback.correction, body.model, prompt, body.reply, body.better)
+        return {"object": "feedback", "kept": True}
+
+
+FILES = frozenset(path.name for path in UI.iterdir() if path.suffix in KINDS)

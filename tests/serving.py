@@ -1,0 +1,70 @@
+"""A server with a small random model, in a thread of this process, on a port of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import uvicorn
+
+from model.config import ModelConfig, MoEConfig
+from model.tokenizer import Tokenizer
+from model.transformer import Transformer
+from serve.api.app import Shared, make_app, watch
+from serve.api.runner import Runner
+from serve.api.service import Defaults, Service
+from serve.engine import Engine
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Served(Shared):
+    """What the server has, and where it listens."""
+
+    address: str = ""
+
+
+def tiny_tokenizer() -> Tokenizer:
+    return Tokenizer.load(ROOT / "configs" / "demo_data" / "tiny_tokenizer")
+
+
+def tiny_engine(tokenizer: Tokenizer, slots: int = 4, *, deterministic: bool = False) -> Engine:
+    moe = MoEConfig(num_experts=4, experts_per_token=2, intermediate_size=16)
+    config = ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, 8, 48, max_positions=2048, moe=moe)
+    model = jax.jit(lambda: Transformer(config, jax.random.key(0)))()
+    return Engine(model, tokenizer, slots=slots, deterministic=deterministic)
+
+
+@contextmanager
+def serving(shared: Served, engine: Engine | None = None, queue: int = 64) -> Iterator[Served]:
+    """The server while the block runs; its replies are the most likely tokens unless a request says otherwise."""
+    tokenizer = tiny_tokenizer()
+    engine = engine or tiny_engine(tokenizer)
+
+    async def start(shared: Shared) -> None:
+        runner = Runner(engine, asyncio.get_running_loop(), queue)
+        shared.service = Service("tiny", engine, tokenizer, runner, shared.metrics, Defaults(temperature=0.0))
+        shared.state = "ready"
+        watch(shared.metrics, [shared.service])
+
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    shared.address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server = uvicorn.Server(uvicorn.Config(make_app(shared, start), log_config=None))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    while shared.state != "ready":
+        time.sleep(0.01)
+    try:
+        yield shared
+    finally:
+        server.should_exit = True
+        thread.join()
