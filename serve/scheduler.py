@@ -214,7 +214,8 @@ class Scheduler:
             load = self._reuse(request) if first else None
             coming = place.keys[place.length // limits.page : -(-(place.length + tokens) // limits.page)]
             if first and being_read.intersection(coming[:1]):
-                continue  # it will find in the next turn what is read in this one
+                self._begin_later(place)  # it will find in the next turn what is read in this one
+                continue
             if not self._take_pages(request):
                 continue
             place.started = True
@@ -267,6 +268,11 @@ class Scheduler:
         place.length = len(found) * limits.page
         request.cached_tokens = min(place.length, len(request.prompt))
         return load
+
+    def _begin_later(self, place: Place) -> None:
+        """Undoes `_reuse`."""
+        self.pools[place.slot // self.limits.slots_of_shard].drop(place.pages)
+        place.pages, place.length = [], 0
 
     def _take_pages(self, request: Request) -> bool:
         """Whether the row has the pages that it needs until its next token is sampled."""

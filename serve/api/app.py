@@ -170,7 +170,8 @@ async def events(pieces: AsyncIterator[dict[str, Any]], timeout: float) -> Async
     try:
         async with asyncio.timeout(timeout):
             async for piece in pieces:
-                yield f"data: {json.dumps(piece, ensure_ascii=False, separators=(',', ':'))}\n\n"
+                # Some clients take U+2028 and its like for the end of a line: everything beyond ASCII is escaped.
+                yield f"data: {json.dumps(piece, separators=(',', ':'))}\n\n"
     except ApiError as error:
         yield f"data: {json.dumps(error.body)}\n\n"
     except TimeoutError:
