@@ -10,7 +10,6 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -18,22 +17,22 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from errors import UserError
 from model.cache import page_size
 from model.quantization import WeightType
 from model.transformer import Transformer
+from serve.device import Device
 from serve.logits import IN_PROMPT
 from serve.memory import default_pages
 from serve.pages import PagePool, Snapshots
-from serve.programs import Program, Programs, Shape
+from serve.programs import Shape
 from serve.request import Completion, Place, Request
-from serve.rows import WORDS, Lines
+from serve.rows import Lines
 from serve.sampling_params import MAX_STOP_IDS, SamplingParams
 from serve.scheduler import Chunk, Limits, Scheduler
-from serve.snapshots import Store
-from serve.steps import NOBODY, abstract_state, allow, begin, empty_state, step, unpack
-from serve.weights import abstract_weights, decode_weights
+from serve.steps import NOBODY, unpack
 from sharding.mesh import BATCH_AXES, platform
 
 OnToken = Callable[[int, int, float], None]
@@ -73,6 +72,8 @@ class Engine:
         deterministic: a reply has the same bits whatever is generated beside it: every step then has all slots, and
             prompts are read one at a time, in pieces that their own length decides.
         weight_type: int8 to keep matrices in 8 bits, each output channel with its scale.
+        led: of several processes the others `device.follow()`: process 0 alone has requests. Otherwise all of them have
+            the same ones, with seeds, and make the same steps of them.
 
     Raises:
         UserError: the tokenizer does not fit the model, or a size is out of range.
@@ -90,30 +91,36 @@ class Engine:
         snapshots: int = 32,
         deterministic: bool = False,
         weight_type: WeightType = "same",
+        led: bool = False,
     ):
         self.config, self.tokenizer, self.mesh = model.config, tokenizer, mesh
         self._check(slots, context, pages)
-        self.weight_type: WeightType = weight_type
         self.context = min(context or self.config.max_positions, self.config.max_positions)
         self.page = page_size(self.context)
         width = -(-self.context // self.page)
         shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         slots = -(-slots // shards) * shards
-        dtype = jnp.dtype(model.dtype)
-        pages = pages or default_pages(self.config, dtype, self.page, width, slots)
+        pages = pages or default_pages(self.config, jnp.dtype(model.dtype), self.page, width, slots)
+        if jax.process_count() > 1:  # each has found its own memory; they have to agree
+            pages = int(multihost_utils.broadcast_one_to_all(np.int32(pages)))
         self.pages = max(pages // shards, 1) * shards
         linear = any(self.config.attention_kind(layer) == "linear" for layer in range(self.config.num_layers))
         every = -(-2048 // self.page) * self.page if linear else 0
-        self.limits = Limits(
-            slots, shards, self.page, width, CHUNKS.get(platform(), CHUNKS["other"]), every, deterministic
+        chunks = CHUNKS.get(platform(), CHUNKS["other"])
+        self.limits = Limits(slots, shards, self.page, width, chunks, every, deterministic)
+        kept = max(snapshots // shards, 1) * shards if linear and snapshots else 0
+        self.device = Device(
+            model,
+            mesh,
+            self.limits,
+            self.pages,
+            vocab_limit=tokenizer.vocab_size,
+            snapshots=kept,
+            weight_type=weight_type,
+            led=led,
         )
-        self._structure: Any = None
-        self.update(model)
-        self.state = self._on_mesh(jax.jit(partial(empty_state, self.config, slots, self.pages, self.page, dtype)))()
-        self.store = Store(self.config, dtype, snapshots // shards * shards if linear else 0, self._on_mesh)
-        self.scheduler = self._new_scheduler()
-        self.programs = Programs(self._compile, self._shapes())
-        self._begin, self._allow = (self._on_mesh(jax.jit(f, donate_argnums=0)) for f in (begin, allow))
+        pools = [PagePool(self.pages // shards) for _ in range(shards)]
+        self.scheduler = Scheduler(self.limits, pools, [Snapshots(kept // shards) for _ in range(shards)])
         self.lines = Lines(self.limits)
         self._sent: deque[Sent] = deque()
         self._commands: deque[tuple[Request, bool]] = deque()
@@ -129,19 +136,11 @@ class Engine:
             if value is not None and value < least:
                 raise UserError(f"{name}={value} must be {least} or more")
 
-    def _new_scheduler(self) -> Scheduler:
-        shards = self.limits.shards
-        pools = [PagePool(self.pages // shards) for _ in range(shards)]
-        return Scheduler(self.limits, pools, [Snapshots(self.store.count // shards) for _ in range(shards)])
-
     # ---- weights and programs ---------------------------------------------
     def update(self, model: Transformer) -> None:
         """Takes the weights of `model`, of the same sizes as before; nothing is compiled anew."""
-        self.leaves, structure = jax.tree.flatten(decode_weights(model, self.mesh, self.weight_type))
-        assert self._structure is None or self._structure == structure, "update() takes a model of the same sizes"
-        if self._structure is not None:
-            self.forget()
-        self._structure = structure
+        self.device.update(model)
+        self.forget()
 
     def forget(self) -> None:
         """Drops the beginnings of prompts that are kept for others."""
@@ -150,68 +149,12 @@ class Engine:
 
     @property
     def model(self) -> Transformer:
-        """The weights as decoding uses them; `leaves` are their arrays, which the compiled steps take."""
-        return self.with_leaves(self.leaves)
-
-    def with_leaves(self, leaves: Sequence[jax.Array]) -> Transformer:
-        """The model with other arrays, such as those that a compiled function is given."""
-        return jax.tree.unflatten(self._structure, leaves)
-
-    def _shapes(self) -> list[Shape]:
-        """The shapes that steps have; a request alone needs the first two."""
-        limits = self.limits
-        own, shards = limits.slots_of_shard, limits.shards
-        rows = [own] if limits.deterministic else [*[n for n in (1, 4, 16, 64, 256) if n < own], own]
-        chunks = [(n, tokens) for n, tokens in limits.chunks if n == 1 or not limits.deterministic]
-        decode, read = ([Shape(n * shards) for n in rows], [Shape(n * shards, tokens) for n, tokens in chunks])
-        return [read[0], decode[0], *decode[1:], *read[1:]]
-
-    def _compile(self, shape: Shape) -> Program:
-        """The step for one shape."""
-
-        def engine_step(leaves: list[jax.Array], *args: Any) -> Any:
-            return step(
-                self.with_leaves(leaves),
-                *args,
-                page=self.page,
-                shards=self.limits.shards,
-                vocab_limit=self.tokenizer.vocab_size,
-            )
-
-        dtype, limits, replicated = jnp.dtype(self.model.dtype), self.limits, self._replicated()
-        leaves = jax.tree.leaves(abstract_weights(self.config, dtype, self.mesh, self.weight_type))
-        state = abstract_state(self.config, limits.slots, self.pages, self.page, dtype, self.mesh)
-        args = [jax.ShapeDtypeStruct((shape.rows, WORDS + limits.width), jnp.int32, sharding=replicated)]
-        if shape.tokens:
-            args.append(jax.ShapeDtypeStruct((shape.rows, shape.tokens), jnp.int32, sharding=replicated))
-        with self.mesh_context():
-            return jax.jit(engine_step, donate_argnums=1).lower(leaves, state, *args).compile()
+        """The weights as decoding uses them."""
+        return self.device.with_leaves(self.device.leaves)
 
     def warm_up(self) -> None:
-        """Makes and runs every program; nothing is compiled after that."""
-        for made in self.programs.prepare():
-            made.result()
-        seen, bias = np.zeros(self.config.vocab_size, np.int32), np.zeros(self.config.vocab_size, np.float32)
-        self.state = self._begin(self.state, np.int32(0), seen, bias)
-        none = np.full(self.limits.slots, NOBODY, np.int32)
-        self.state = self._allow(self.state, none, np.zeros(self.state.tables.allowed_SW.shape, np.uint32))
-        if self.store.count:
-            self.store.save(self.state, 0, 0)
-            self.state = self.store.load(self.state, 0, 0)
-
-    def mesh_context(self) -> Any:
-        """The mesh in force."""
-        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-
-    def _on_mesh(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            with self.mesh_context():
-                return function(*args)
-
-        return call
-
-    def _replicated(self) -> Any:
-        return None if self.mesh is None else jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+        """Makes every program; nothing is compiled after that."""
+        self.device.warm_up()
 
     # ---- for callers ------------------------------------------------------
     def request(
@@ -238,6 +181,8 @@ class Engine:
         if wrong is not None:
             raise UserError(f"logit_bias names the id {wrong}, but tokens run from 0 to {vocab - 1}")
         if sampling.seed is None:
+            if self.device.many and not self.device.led:
+                raise UserError("requests that several processes make need a seed, or these would draw different ones")
             sampling = sampling.variants(1)[0]
         stops = self.tokenizer.stop_ids if sampling.stop_ids is None else sampling.stop_ids
         room = min(most, self.pages // self.limits.shards * self.page) - len(prompt)
@@ -338,6 +283,8 @@ class Engine:
             sent = len(self._sent) - before
             for _ in range(before if sent else len(self._sent)):
                 self._receive(self._sent.popleft())
+            if not (sent or before):
+                self.device.idle()
             return bool(sent or before or self.scheduler.busy)
 
     def _obey(self) -> None:
@@ -355,11 +302,13 @@ class Engine:
         found = [(request, request.place) for request in requests if request.place is not None]
         slots = [place.slot for _, place in found]
         counts = np.bincount([slot // self.limits.slots_of_shard for slot in slots])
-        shape = next(s for s in self.programs.shapes if not s.tokens and s.rows >= counts.max() * self.limits.shards)
+        shape = next(
+            s for s in self.device.programs.shapes if not s.tokens and s.rows >= counts.max() * self.limits.shards
+        )
         for _, place in found:
             self.lines.put(place, length=place.length - 1, count=1, step=place.sampled - 1, keep=True)
         places, words = self.lines.words(slots, shape.rows, in_place=shape.rows == self.limits.slots)
-        self.state, output = self.programs[shape](self.leaves, self.state, words)
+        output = self.device.step(shape, words)
         return self._send(output, [(row, *one) for row, one in zip(places, found, strict=True)])
 
     def _read_prompts(self, size: tuple[int, int], chunks: Sequence[Chunk]) -> Sent:
@@ -375,13 +324,13 @@ class Engine:
         places, words = self.lines.words(slots, shape.rows, in_place=False)
         for row, chunk in zip(places, chunks, strict=True):
             tokens_RT[row, : chunk.end - chunk.start] = chunk.request.known[chunk.start : chunk.end]
-        self.state, output = self.programs[shape](self.leaves, self.state, words, tokens_RT)
+        output = self.device.step(shape, words, tokens_RT)
         drawn = []
         for row, chunk in zip(places, chunks, strict=True):
             place = chunk.request.place
             assert place is not None
             if chunk.save is not None:
-                self.store.save(self.state, place.slot, self._snapshot(place, chunk.save))
+                self.device.save(place.slot, self._snapshot(place, chunk.save))
             if chunk.last:
                 drawn.append((row, chunk.request, place))
         return self._send(output, drawn)
@@ -389,14 +338,14 @@ class Engine:
     def _snapshot(self, place: Place, number: int) -> int:
         """The number of a snapshot among those of all devices."""
         shards = self.limits.shards
-        return place.slot // self.limits.slots_of_shard * (self.store.count // shards) + number
+        return place.slot // self.limits.slots_of_shard * (self.device.store.count // shards) + number
 
     def _begin_row(self, chunk: Chunk) -> None:
         """Writes what a request asks for to its slot, if it has just got it, and what linear layers remembered."""
         request, place = chunk.request, chunk.request.place
         assert place is not None
         if chunk.load is not None:
-            self.state = self.store.load(self.state, place.slot, self._snapshot(place, chunk.load))
+            self.device.load(place.slot, self._snapshot(place, chunk.load))
         if not chunk.first:
             return
         self.lines.begin(request, place)
@@ -407,7 +356,7 @@ class Engine:
             bias = np.zeros(vocab, np.float32)
             for token, by in params.logit_bias:
                 bias[token] += by
-            self.state = self._begin(self.state, np.int32(place.slot), seen, bias)
+            self.device.begin(place.slot, seen, bias)
 
     def _constrain(self, requests: Sequence[Request]) -> None:
         """Tells the device what these may draw next."""
@@ -425,7 +374,7 @@ class Engine:
             if bits is not None:
                 bits = bits[:width]  # a grammar may count more tokens than the embedding has rows
                 slots_S[index], allowed_SW[index, : len(bits)] = place.slot, bits
-        self.state = self._allow(self.state, slots_S, allowed_SW)
+        self.device.allow(slots_S, allowed_SW)
 
     def _send(self, output: Any, rows: list[tuple[int, Request, Place]]) -> Sent:
         output.copy_to_host_async()

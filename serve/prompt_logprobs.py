@@ -23,7 +23,7 @@ class PromptScorer:
     """Scores prompts with an engine's weights, one at a time."""
 
     def __init__(self, engine: Engine):
-        self._engine = engine
+        self._device = engine.device
         self._step = jax.jit(self._score)
 
     def __call__(self, tokens: Sequence[int], top: int) -> tuple[list[float | None], list[TopTokens | None]]:
@@ -31,8 +31,8 @@ class PromptScorer:
         length = max(SMALLEST, 1 << (len(tokens) - 1).bit_length())
         padded = np.zeros((1, length), np.int32)
         padded[0, : len(tokens)] = tokens
-        with self._engine.mesh_context():
-            own, best, ids = self._step(self._engine.leaves, padded, np.int32(len(tokens)))
+        with self._device.mesh_context():
+            own, best, ids = self._step(self._device.leaves, padded, np.int32(len(tokens)))
         logprobs: list[float | None] = [None, *np.asarray(own)[: len(tokens) - 1].tolist()]
         if not top:
             return logprobs, [None] * len(tokens)
@@ -41,7 +41,7 @@ class PromptScorer:
         return logprobs, [None, *each[: len(tokens) - 1]]
 
     def _score(self, leaves: list[Array], tokens_BT: Int[Array, "1 T"], count: Array) -> tuple[Array, Array, Array]:
-        model = self._engine.with_leaves(leaves)
+        model = self._device.with_leaves(leaves)
         valid_BT = jnp.arange(tokens_BT.shape[1])[None] < count
         hidden_BTD = forward(model, continuation(tokens_BT, jnp.zeros(1, jnp.int32), valid_BT)).hidden_BTD
         targets_T = jnp.pad(tokens_BT[0, 1:], (0, 1))

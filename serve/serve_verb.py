@@ -125,6 +125,7 @@ def listen(host: str, port: int) -> socket.socket:
         try:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             made.bind((host, port))
+            made.listen(1024)  # who comes while the model is loaded waits instead of being turned away
         except BaseException:
             made.close()
             raise
@@ -149,7 +150,7 @@ def run(args: argparse.Namespace, settings: Settings, listening: socket.socket, 
         try:
             shared.service = await asyncio.to_thread(load, args, shared, loop)
             shared.state = "ready"
-            shared.service.engine.programs.prepare()
+            shared.service.engine.device.programs.prepare()
             print(f"serving {shared.service.name}", file=sys.stderr, flush=True)
         except Exception as error:  # it is told by the main thread, as every verb's errors are
             failed.append(error)
@@ -204,7 +205,7 @@ def load(args: argparse.Namespace, shared: Shared, loop: asyncio.AbstractEventLo
         weight_type=args.weights,
     )
     tell(f"{args.slots} slots, {engine.pages:,} pages of {engine.page} positions, {engine.context:,} for each request")
-    first = engine.programs.prepare(engine.programs.shapes[:2])
+    first = engine.device.programs.prepare(engine.device.programs.shapes[:2])
     for number, made in enumerate(first, 1):
         made.result()
         tell(f"compiled {number} of the {len(first)} programs that are needed first")

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from model.cache import SLOTS, empty_layer, lay_out
 from model.config import ModelConfig
@@ -43,11 +44,11 @@ class Store:
 
     def load(self, state: State, slot: int, place: int) -> State:
         """`state` with the snapshot at `place` in a slot."""
-        return self._load(state, self._kept, jnp.int32(slot), jnp.int32(place))
+        return self._load(state, self._kept, np.int32(slot), np.int32(place))
 
     def save(self, state: State, slot: int, place: int) -> None:
         """Keeps what is in a slot at `place`."""
-        self._kept = self._save(self._kept, state.layers, jnp.int32(slot), jnp.int32(place))
+        self._kept = self._save(self._kept, state.layers, np.int32(slot), np.int32(place))
 
     def _copied_to_slot(self, config: ModelConfig, state: State, kept: Any, slot: Any, place: Any) -> State:
         layers = list(state.layers)

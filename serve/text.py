@@ -12,7 +12,7 @@ class ReplyText:
 
     Args:
         context: tokens before the reply, of which its first may complete a character.
-        stop: strings that end it; none of them is part of it.
+        stop: strings of which the first that is complete ends it; none of it is part of the text.
         skip_specials: leave out the frame (<|im_end|>), see `Tokenizer.decode`.
     """
 
@@ -40,9 +40,10 @@ class ReplyText:
         if self.stopped_by is not None:
             return ""
         self._held += text
-        found = [(self._held.find(one), -len(one), one) for one in self._stop if one in self._held]
+        found = [(self._held.find(one), one) for one in self._stop if one in self._held]
         if found:
-            at, _, self.stopped_by = min(found)
+            # What was complete first, however many characters came at once; of two that end together the longer.
+            at, self.stopped_by = min(found, key=lambda it: (it[0] + len(it[1]), it[0]))
             certain, self._held = self._held[:at], ""
             return certain
         keep = unfinished(self._held, self._stop)

@@ -184,11 +184,11 @@ def test_nothing_is_compiled_after_warm_up(model: Transformer) -> None:
 @pytest.mark.parametrize("shape", [Shape(1), Shape(4), Shape(1, 64), Shape(8, 64)], ids=str)
 def test_the_cache_is_updated_in_place(engine: Engine, shape: Shape) -> None:
     """What a step returns lies in the buffers that it was given, and nothing copies or transposes them."""
-    compiled: Any = engine.programs[shape]
+    compiled: Any = engine.device.programs[shape]
     memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(engine.state))
+    assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(engine.device.state))
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 4096
-    pages = ",".join(map(str, engine.state.layers[0][0].shape))
+    pages = ",".join(map(str, engine.device.state.layers[0][0].shape))
     assert re.findall(rf"= f32\[{pages}\]\S* (?:copy|transpose)\(", compiled.as_text() or "") == []
 
 
@@ -206,7 +206,7 @@ def test_new_weights_need_no_compilation(model: Transformer, engine: Engine) -> 
 
 def test_stacked_weights_become_the_same_list(model: Transformer) -> None:
     stacked = jax.jit(lambda: Transformer(CONFIG, jax.random.key(0), stacked=True))()
-    listed, expected = (Engine(one, Words(), slots=1).leaves for one in (stacked, model))
+    listed, expected = (Engine(one, Words(), slots=1).device.leaves for one in (stacked, model))
     for leaf, wanted in zip(listed, expected, strict=True):
         np.testing.assert_allclose(leaf, wanted, atol=1e-6)
 

@@ -117,6 +117,6 @@ def test_stop_strings_wherever_tokens_end(text: str, stop: list[str]) -> None:
     plain = tokenizer.decode(tokens, skip_specials=True)
     reply = ReplyText(tokenizer, (), stop)
     said = "".join(reply.push(token) for token in tokens) + reply.finish()
-    first = min((plain.index(one) for one in stop if one in plain), default=len(plain))
-    assert said == plain[:first]
-    assert (reply.stopped_by is not None) == (first < len(plain) or any(one in plain for one in stop))
+    ends = [(plain.index(one) + len(one), plain.index(one), one) for one in stop if one in plain]
+    _, first, by = min(ends, default=(0, len(plain), None))
+    assert said == plain[:first] and reply.stopped_by == by

@@ -1,0 +1,208 @@
+"""What the engine has on devices, and the few things that it does there.
+
+On several processes all of them do the same in the same order. Where they are `led`, process 0 alone knows the
+requests, and tells the others before each operation which it is and what goes with it: the rows of a step, a few
+kilobytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from model.quantization import WeightType
+from model.transformer import Transformer
+from serve.programs import Program, Programs, Shape
+from serve.rows import WORDS
+from serve.scheduler import Limits
+from serve.snapshots import Store
+from serve.steps import abstract_state, allow, begin, empty_state, step
+from serve.weights import abstract_weights, decode_weights
+
+OPERATIONS = ("stop", "idle", "step", "begin", "allow", "load", "save")
+
+Arrays = Sequence[np.ndarray]
+
+
+class Device:
+    """Weights, pages, slots and compiled programs.
+
+    Args:
+        limits: the sizes that the scheduler works with. pages: of all devices together. vocab_limit: rows of the
+            embedding that are tokens. snapshots: places for what linear layers remember, of all devices together.
+        led: of several processes the others do what process 0 says; otherwise all have the same requests.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        mesh: jax.sharding.Mesh | None,
+        limits: Limits,
+        pages: int,
+        *,
+        vocab_limit: int,
+        snapshots: int,
+        weight_type: WeightType,
+        led: bool,
+    ):
+        self.config, self.mesh, self.limits, self.pages = model.config, mesh, limits, pages
+        self.weight_type: WeightType = weight_type
+        self._vocab_limit, self._dtype = vocab_limit, jnp.dtype(model.dtype)
+        self.many = jax.process_count() > 1
+        self.led = led and self.many
+        self._structure: Any = None
+        self.update(model)
+        empty = partial(empty_state, self.config, limits.slots, pages, limits.page, self._dtype)
+        self.state = self.on_mesh(jax.jit(empty))()
+        self.store = Store(self.config, self._dtype, snapshots, self.on_mesh)
+        self._begin, self._allow = (self.on_mesh(jax.jit(f, donate_argnums=0)) for f in (begin, allow))
+        self.programs = Programs(self._compile, self._shapes())
+
+    # ---- weights and programs ---------------------------------------------
+    def update(self, model: Transformer) -> None:
+        """Takes the weights of `model`, of the same sizes as before, on every process; nothing is compiled anew."""
+        self.leaves, structure = jax.tree.flatten(decode_weights(model, self.mesh, self.weight_type))
+        assert self._structure is None or self._structure == structure, "update() takes a model of the same sizes"
+        self._structure = structure
+
+    def with_leaves(self, leaves: Sequence[jax.Array]) -> Transformer:
+        """The model with these arrays, such as those that a compiled function is given."""
+        return jax.tree.unflatten(self._structure, leaves)
+
+    def _shapes(self) -> list[Shape]:
+        """The shapes that steps have; a request alone needs the first two."""
+        limits = self.limits
+        own, shards = limits.slots_of_shard, limits.shards
+        rows = [own] if limits.deterministic else [*[n for n in (1, 4, 16, 64, 256) if n < own], own]
+        chunks = [(n, tokens) for n, tokens in limits.chunks if n == 1 or not limits.deterministic]
+        decode, read = ([Shape(n * shards) for n in rows], [Shape(n * shards, tokens) for n, tokens in chunks])
+        return [read[0], decode[0], *decode[1:], *read[1:]]
+
+    def _compile(self, shape: Shape) -> Program:
+        """The step for one shape."""
+        limits = self.limits
+
+        def engine_step(leaves: list[jax.Array], *args: Any) -> Any:
+            sizes = {"page": limits.page, "shards": limits.shards, "vocab_limit": self._vocab_limit}
+            return step(self.with_leaves(leaves), *args, **sizes)
+
+        leaves = jax.tree.leaves(abstract_weights(self.config, self._dtype, self.mesh, self.weight_type))
+        state = abstract_state(self.config, limits.slots, self.pages, limits.page, self._dtype, self.mesh)
+        args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated()) for x in self._blank("step", shape)]
+        with self.mesh_context():
+            return jax.jit(engine_step, donate_argnums=1).lower(leaves, state, *args).compile()
+
+    def warm_up(self) -> None:
+        """Makes every program; nothing is compiled after that."""
+        for made in self.programs.prepare():
+            made.result()
+        for name in ("begin", "allow", *(("save", "load") if self.store.count else ())):
+            self._do(name, self.programs.shapes[0], self._blank(name, self.programs.shapes[0]))
+
+    def mesh_context(self) -> Any:
+        """The mesh in force."""
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def on_mesh(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, called on this mesh."""
+
+        def call(*args: Any) -> Any:
+            with self.mesh_context():
+                return function(*args)
+
+        return call
+
+    def _replicated(self) -> Any:
+        return None if self.mesh is None else jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+
+    # ---- operations -------------------------------------------------------
+    def step(self, shape: Shape, *arrays: np.ndarray) -> jax.Array:
+        """Rows take a step: their words and, where prompts are read, their tokens. Gives what was drawn."""
+        return self._all_do("step", shape, arrays)
+
+    def begin(self, slot: int, seen_V: np.ndarray, bias_V: np.ndarray) -> None:
+        """Writes what a request asks of the tables to its slot."""
+        self._all_do("begin", None, (np.asarray([slot], np.int32), seen_V, bias_V))
+
+    def allow(self, slots_S: np.ndarray, allowed_SW: np.ndarray) -> None:
+        """Writes the tokens that these slots may draw next."""
+        self._all_do("allow", None, (slots_S, allowed_SW))
+
+    def load(self, slot: int, place: int) -> None:
+        """Puts a snapshot into a slot."""
+        self._all_do("load", None, (np.asarray([slot, place], np.int32),))
+
+    def save(self, slot: int, place: int) -> None:
+        """Keeps a snapshot of a slot."""
+        self._all_do("save", None, (np.asarray([slot, place], np.int32),))
+
+    def idle(self) -> None:
+        """Lets those who are led know that somebody is there."""
+        if self.led:
+            self._all_do("idle", None, ())
+
+    def stop(self) -> None:
+        """Lets those who are led go."""
+        if self.led:
+            self._all_do("stop", None, ())
+
+    def follow(self) -> None:
+        """Does what process 0 says until it says that it is over."""
+        assert self.led and jax.process_index() > 0, "process 0 leads"
+        while True:
+            number, shape_number = multihost_utils.broadcast_one_to_all(np.zeros(2, np.int32)).tolist()
+            name, shape = OPERATIONS[number], self.programs.shapes[shape_number]
+            if name == "stop":
+                return
+            blank = self._blank(name, shape)
+            arrays = [np.asarray(x) for x in multihost_utils.broadcast_one_to_all(tuple(blank))] if blank else []
+            self._do(name, shape, arrays)
+
+    def _all_do(self, name: str, shape: Shape | None, arrays: Arrays) -> Any:
+        shape = shape or self.programs.shapes[0]
+        if self.led:
+            number = self.programs.shapes.index(shape)
+            multihost_utils.broadcast_one_to_all(np.asarray([OPERATIONS.index(name), number], np.int32))
+            if arrays:
+                multihost_utils.broadcast_one_to_all(tuple(arrays))
+        return self._do(name, shape, arrays)
+
+    def _blank(self, name: str, shape: Shape) -> list[np.ndarray]:
+        """Arrays of the shapes and types that go with an operation."""
+        slots, vocab, none = self.limits.slots, self.config.vocab_size, np.int32(2**30)
+        if name == "step":
+            words = np.zeros((shape.rows, WORDS + self.limits.width), np.int32)
+            return [words, np.zeros((shape.rows, shape.tokens), np.int32)] if shape.tokens else [words]
+        if name == "begin":
+            return [np.zeros(1, np.int32), np.zeros(vocab, np.int32), np.zeros(vocab, np.float32)]
+        if name == "allow":
+            return [np.full(slots, none), np.zeros((slots, -(-vocab // 32)), np.uint32)]
+        return [np.zeros(2, np.int32)] if name in ("load", "save") else []
+
+    def _do(self, name: str, shape: Shape, arrays: Arrays) -> Any:
+        given = [self._everywhere(x) for x in arrays]
+        if name == "step":
+            self.state, output = self.programs[shape](self.leaves, self.state, *given)
+            return output
+        if name == "begin":
+            self.state = self._begin(self.state, *given)
+        elif name == "allow":
+            self.state = self._allow(self.state, *given)
+        elif name == "load":
+            self.state = self.store.load(self.state, *arrays[0].tolist())
+        elif name == "save":
+            self.store.save(self.state, *arrays[0].tolist())
+        return None
+
+    def _everywhere(self, x: np.ndarray) -> Any:
+        """The same array on the devices of all processes."""
+        if not self.many:
+            return x
+        return jax.make_array_from_callback(x.shape, self._replicated(), lambda index: x[index])
