@@ -313,13 +313,18 @@ def test_a_reply_that_is_left_gives_back_what_it_had(engine: Engine) -> None:
 
 
 # ---- what requests may ask for ----------------------------------------------
+@jax.jit
+def all_logits(model: Transformer, row: jax.Array) -> jax.Array:
+    return unembed(model, forward(model, continuation(row, jnp.zeros(1, jnp.int32))).hidden_BTD)
+
+
 def reference(engine: Engine, prompt: list[int], params: SamplingParams) -> list[int]:
     """A greedy reply by the definitions of bias and penalties, a token at a time."""
     tokens: list[int] = []
     while len(tokens) < params.max_tokens:
-        row = jnp.asarray([[*prompt, *tokens]])
-        batch = continuation(row, jnp.zeros(1, jnp.int32))
-        logits = np.array(unembed(engine.model, forward(engine.model, batch).hidden_BTD)[0, -1], np.float64)
+        known = [*prompt, *tokens]
+        row = jnp.asarray([known + [0] * (128 - len(known))])
+        logits = np.array(all_logits(engine.model, row)[0, len(known) - 1], np.float64)
         counts = np.bincount(tokens, minlength=len(logits))
         said = (counts > 0) | (np.bincount(prompt, minlength=len(logits)) > 0)
         logits = np.where(
@@ -371,8 +376,7 @@ def test_the_most_likely_tokens(engine: Engine) -> None:
     reply, plain = engine.generate([prompt] * 2, [replace(GREEDY, top_logprobs=20), GREEDY])
     assert (plain.top, plain.tokens) == ([], reply.tokens)
     row = jnp.asarray([[*prompt, *reply.tokens]])
-    logits = unembed(engine.model, forward(engine.model, continuation(row, jnp.zeros(1, jnp.int32))).hidden_BTD)
-    expected = np.asarray(jax.nn.log_softmax(logits[0]))
+    expected = np.asarray(jax.nn.log_softmax(all_logits(engine.model, row)[0]))
     for place, (token, logprob, top) in enumerate(zip(reply.tokens, reply.logprobs, reply.top, strict=True)):
         found = expected[len(prompt) - 1 + place]
         assert top[0][0] == token and math.isclose(top[0][1], logprob, abs_tol=1e-5)
