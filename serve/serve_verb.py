@@ -36,8 +36,10 @@ def serve_main(argv: list[str]) -> int:
             f"--host {args.host} can be reached from other machines and there is no API key; put keys into {KEYS} or "
             "--api-key-file, or say --allow-anyone"
         )
-    if not Path(args.model).exists():
-        raise UserError(f"{args.model} does not exist; give {MODELS}")
+    names_of(args)
+    for path in args.model:
+        if not path.exists():
+            raise UserError(f"{path} does not exist; give {MODELS}")
     from serve.feedback import Feedback
 
     feedback = None if args.feedback is None else Feedback(args.feedback)
@@ -55,7 +57,7 @@ def serve_main(argv: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         "serve",
-        "Serves a model over HTTP as OpenAI does, with a chat page at /.\n"
+        "Serves one or more models over HTTP as OpenAI does, with a chat page at /.\n"
         "Endpoints: /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health, /metrics.\n"
         f"MODEL is {MODELS}.",
         [
@@ -64,7 +66,15 @@ def _parser() -> Parser:
             f"{KEYS}=secret qmax serve runs/demo/sft --host 0.0.0.0 --port 8000",
         ],
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="run or model directory, .gguf or llama2.c file")
+    parser.add_argument(
+        "model", type=Path, nargs="+", metavar="MODEL", help="run or model directory, .gguf or llama2.c file"
+    )
+    parser.add_argument(
+        "--name",
+        action="append",
+        metavar="NAME",
+        help="what requests call the model, of several once for each (default: the last part of its path)",
+    )
 
     def add(name: str, kind: Any, default: Any, words: str, metavar: str = "N") -> None:
         shown = "" if default is None else " (default: %(default)s)"
@@ -72,7 +82,6 @@ def _parser() -> Parser:
 
     add("host", str, "127.0.0.1", "address to listen at", "ADDRESS")
     add("port", int, 8000, "port to listen at; 0 takes a free one")
-    add("name", str, None, "what requests call the model (default: the last part of its path)", "NAME")
     add("slots", int, 16, "requests that run at the same time")
     add("context", int, None, "most positions of a request (default: the model's)")
     add("pages", int, None, "pages of keys and values (default: enough, or as many as fit into half the free memory)")
@@ -90,6 +99,17 @@ def _parser() -> Parser:
     )
     parser.add_argument("--weights", choices=("same", "int8"), default="same", help="how matrices are kept")
     return parser
+
+
+def names_of(args: argparse.Namespace) -> list[str]:
+    """What each model is called. UserError where that is not clear."""
+    found = args.name or [path.resolve().name for path in args.model]
+    if len(found) != len(args.model):
+        raise UserError(f"{len(args.model)} models came with {len(found)} names; give --name once for each, or not")
+    twice = next((name for name in found if found.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"two models are called {twice!r}; give each a --name of its own")
+    return found
 
 
 def read_keys(file: Path | None) -> tuple[str, ...]:
@@ -138,7 +158,7 @@ def run(args: argparse.Namespace, settings: Settings, listening: socket.socket, 
     """Serves until it is told to stop."""
     import uvicorn
 
-    from serve.api.app import Shared, make_app
+    from serve.api.app import Shared, make_app, watch
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
@@ -148,10 +168,13 @@ def run(args: argparse.Namespace, settings: Settings, listening: socket.socket, 
     async def start(shared: Shared) -> None:
         loop = asyncio.get_running_loop()
         try:
-            shared.service = await asyncio.to_thread(load, args, shared, loop)
+            loaded = await asyncio.to_thread(lambda: [load(args, path, shared, loop) for path in args.model])
+            shared.services = {service.name: service for service in loaded}
             shared.state = "ready"
-            shared.service.engine.device.programs.prepare()
-            print(f"serving {shared.service.name}", file=sys.stderr, flush=True)
+            watch(shared.metrics, loaded)
+            for service in loaded:
+                service.engine.device.programs.prepare()
+            print(f"serving {' and '.join(shared.services)}", file=sys.stderr, flush=True)
         except Exception as error:  # it is told by the main thread, as every verb's errors are
             failed.append(error)
             server.should_exit = True
@@ -180,10 +203,9 @@ def run(args: argparse.Namespace, settings: Settings, listening: socket.socket, 
     return 0
 
 
-def load(args: argparse.Namespace, shared: Shared, loop: asyncio.AbstractEventLoop) -> Service:
+def load(args: argparse.Namespace, path: Path, shared: Shared, loop: asyncio.AbstractEventLoop) -> Service:
     """The service of a model, its first programs compiled."""
     from model.load import load_model
-    from serve.api.app import watch
     from serve.api.runner import Runner
     from serve.api.service import Defaults, Service
     from serve.engine import Engine
@@ -193,8 +215,8 @@ def load(args: argparse.Namespace, shared: Shared, loop: asyncio.AbstractEventLo
     def tell(words: str) -> None:
         print(f"[{time.monotonic() - began:5.1f} s] {words}", file=sys.stderr, flush=True)
 
-    tell(f"reading {args.model}")
-    model, tokenizer = load_model(args.model)
+    tell(f"reading {path}")
+    model, tokenizer = load_model(path)
     engine = Engine(
         model,
         tokenizer,
@@ -210,10 +232,8 @@ def load(args: argparse.Namespace, shared: Shared, loop: asyncio.AbstractEventLo
         made.result()
         tell(f"compiled {number} of the {len(first)} programs that are needed first")
     runner = Runner(engine, loop, args.queue)
-    name = args.name or Path(args.model).resolve().name
-    service = Service(name, engine, tokenizer, runner, shared.metrics, Defaults.of(generation_config(args.model)))
-    watch(shared.metrics, [service])
-    return service
+    name = dict(zip(args.model, names_of(args), strict=True))[path]
+    return Service(name, engine, tokenizer, runner, shared.metrics, Defaults.of(generation_config(path)))
 
 
 def generation_config(path: Path) -> dict[str, Any]:

@@ -51,9 +51,10 @@ def serving(shared: Served, engine: Engine | None = None, queue: int = 64) -> It
 
     async def start(shared: Shared) -> None:
         runner = Runner(engine, asyncio.get_running_loop(), queue)
-        shared.service = Service("tiny", engine, tokenizer, runner, shared.metrics, Defaults(temperature=0.0))
+        service = Service("tiny", engine, tokenizer, runner, shared.metrics, Defaults(temperature=0.0))
+        shared.services = {service.name: service}
         shared.state = "ready"
-        watch(shared.metrics, [shared.service])
+        watch(shared.metrics, [service])
 
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))

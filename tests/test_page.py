@@ -78,9 +78,8 @@ def test_stop_again_and_edit(page: Page, served: Served) -> None:
     expect(page.locator("#send")).to_have_text("Stop")
     page.keyboard.press("Escape")
     expect(page.locator("#send")).to_have_text("Send")
-    assert served.service is not None
     page.wait_for_timeout(500)
-    assert served.service.runner.unfinished == 0, "the server has stopped too"
+    assert served.services["tiny"].runner.unfinished == 0, "the server has stopped too"
     page.fill("#max_tokens", "5")
     ask(page, "Short")
     page.get_by_role("button", name="Replace this reply by another").last.click()

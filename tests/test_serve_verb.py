@@ -33,6 +33,8 @@ MODEL = ROOT / "tests" / "data" / "stories260K.bin"
         ("MODEL --port TAKEN", "cannot listen at 127.0.0.1"),
         ("MODEL --host nowhere.invalid --allow-anyone", "cannot listen at nowhere.invalid"),
         ("MODEL --feedback /proc/no/rows.jsonl", "cannot write feedback to /proc/no/rows.jsonl"),
+        ("MODEL MODEL", "two models are called"),
+        ("MODEL MODEL --name one", "2 models came with 1 names"),
         ("MODEL --slot 4", "did you mean '--slots'"),
         ("MODEL --slots 0", "slots=0 must be 1 or more"),
         ("MODEL --pages -1", "pages=-1 must be 1 or more"),

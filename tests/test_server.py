@@ -39,8 +39,7 @@ def shared() -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def engine(shared: Served) -> Engine:
-    assert shared.service is not None
-    return shared.service.engine
+    return shared.services["tiny"].engine
 
 
 @pytest.fixture(scope="module")

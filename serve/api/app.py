@@ -20,11 +20,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from errors import UserError
+from errors import UserError, did_you_mean
 from serve.api import chat, completions
 from serve.api.errors import ApiError, from_validation
 from serve.api.metrics import Metrics
 from serve.api.page import add_page
+from serve.api.runner import Runner
 from serve.api.schemas import ChatBody, CompletionBody, DetokenizeBody, FeedbackBody, TokenizeBody
 from serve.api.service import Service
 from serve.feedback import Feedback
@@ -52,21 +53,32 @@ class Settings:
 
 @dataclass
 class Shared:
-    """What is there while the server runs. service: None until the model is loaded. feedback: where it is kept, if."""
+    """What is there while the server runs. services: the models by name, once they are loaded. feedback: where kept."""
 
     settings: Settings
     metrics: Metrics = field(default_factory=Metrics)
-    service: Service | None = None
+    services: dict[str, Service] = field(default_factory=dict)
     feedback: Feedback | None = None
     state: str = "loading"
     failure: str = ""
 
-    def ready(self) -> Service:
-        """The service; ApiError 503 while there is none."""
-        if self.service is None:
+    def ready(self) -> list[Service]:
+        """The models; ApiError 503 while they are being loaded."""
+        if not self.services:
             message = self.failure or "the model is being loaded; try again in a moment"
             raise ApiError(503, message, code="not_ready", headers={"Retry-After": "2"})
-        return self.service
+        return list(self.services.values())
+
+    def model(self, name: str | None) -> Service:
+        """The model of this name, the first if none is named; ApiError 404 where there is none."""
+        first = self.ready()[0]
+        if name is None:
+            return first
+        if name not in self.services:
+            known = list(self.services)
+            hint = did_you_mean(name, known) or f"; this server has {' and '.join(map(repr, known))}"
+            raise ApiError(404, f"there is no model {name!r}{hint}", param="model", code="model_not_found")
+        return self.services[name]
 
 
 class Gate:
@@ -193,8 +205,8 @@ def make_app(shared: Shared, start: Callable[[Shared], Awaitable[None]] | None =
         yield
         if task is not None:
             task.cancel()
-        if shared.service is not None:
-            shared.service.runner.close()
+        for service in shared.services.values():
+            service.runner.close()
 
     app = FastAPI(title="qmax", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.shared = shared
@@ -268,18 +280,16 @@ def add_models(app: FastAPI, shared: Shared) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card(shared.ready())]}
+        return {"object": "list", "data": [card(service) for service in shared.ready()]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        service = shared.ready()
-        service.check_model(name)
-        return card(service)
+        return card(shared.model(name))
 
     @app.get("/health")
     async def health() -> Response:
-        service = shared.service
-        state = "failed" if service is not None and service.runner.failed else shared.state
+        failed = any(service.runner.failed for service in shared.services.values())
+        state = "failed" if failed else shared.state
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
     @app.get("/metrics")
@@ -305,11 +315,11 @@ def add_generation(app: FastAPI, shared: Shared) -> None:
 
     @app.post("/v1/completions")
     async def complete(request: Request, body: CompletionBody) -> Response:
-        return await answer(request, await completions.make(shared.ready(), body), body.stream)
+        return await answer(request, await completions.make(shared.model(body.model), body), body.stream)
 
     @app.post("/v1/chat/completions")
     async def converse(request: Request, body: ChatBody) -> Response:
-        return await answer(request, await chat.make(shared.ready(), body), body.stream)
+        return await answer(request, await chat.make(shared.model(body.model), body), body.stream)
 
 
 def add_tokens(app: FastAPI, shared: Shared) -> None:
@@ -317,8 +327,7 @@ def add_tokens(app: FastAPI, shared: Shared) -> None:
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
-        service = shared.ready()
-        service.check_model(body.model)
+        service = shared.model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give one of prompt and messages", param="prompt", code="invalid_value")
         if body.prompt is not None:
@@ -334,17 +343,21 @@ def add_tokens(app: FastAPI, shared: Shared) -> None:
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
-        service = shared.ready()
-        service.check_model(body.model)
+        service = shared.model(body.model)
         return {"prompt": service.tokenizer.decode(body.tokens)}
 
 
 def watch(metrics: Metrics, services: Sequence[Service]) -> None:
-    """Gauges of what the engines hold."""
-    (service,) = services
-    engine, runner = service.engine, service.runner
-    metrics.watch("qmax_running", "Requests that have a slot", lambda: runner.running)
-    metrics.watch("qmax_unfinished", "Requests that have not ended", lambda: runner.unfinished)
-    metrics.watch("qmax_pages_held", "Pages that rows have", lambda: sum(pool.held for pool in engine.scheduler.pools))
-    metrics.watch("qmax_pages", "Pages of keys and values", lambda: engine.pages)
-    metrics.watch("qmax_preemptions", "Rows that were put back for want of pages", lambda: engine.scheduler.preemptions)
+    """Gauges of what the engines hold, all of them together."""
+    runners = list({id(service.runner): service.runner for service in services}.values())
+
+    def total(name: str, words: str, value: Callable[[Runner], float]) -> None:
+        metrics.watch(name, words, lambda: sum(map(value, runners)))
+
+    total("qmax_running", "Requests that have a slot", lambda runner: runner.running)
+    total("qmax_unfinished", "Requests that have not ended", lambda runner: runner.unfinished)
+    pools = "Pages that rows have", lambda runner: sum(pool.held for pool in runner.engine.scheduler.pools)
+    total("qmax_pages_held", *pools)
+    total("qmax_pages", "Pages of keys and values", lambda runner: runner.engine.pages)
+    preempted = "Rows that were put back for want of pages", lambda runner: runner.engine.scheduler.preemptions
+    total("qmax_preemptions", *preempted)

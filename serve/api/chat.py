@@ -253,7 +253,6 @@ def message_of(pieces: Sequence[Piece]) -> dict[str, Any]:
 
 async def make(service: Service, body: ChatBody) -> Chat:
     """The replies to a body, not started yet. ApiError for one that cannot be answered."""
-    service.check_model(body.model)
     functions = functions_of(body)
     messages, beginning = continued(body)
     thinking = wants_thinking(body) and beginning is None

@@ -118,7 +118,6 @@ class Completions:
 
 async def make(service: Service, body: CompletionBody) -> Completions:
     """The replies to a body, not started yet. ApiError for one that cannot be answered."""
-    service.check_model(body.model)
     try:
         prompts = await prompts_of(service, body)
     except UserError as error:

@@ -17,6 +17,7 @@ from serve.parsing import END_THINK
 
 if TYPE_CHECKING:
     from serve.api.app import Shared
+    from serve.api.service import Service
 
 UI = Path(__file__).resolve().parent.parent / "ui"
 
@@ -45,14 +46,13 @@ def add_page(app: FastAPI, shared: Shared) -> None:
 
     @app.get("/ui/page.json", include_in_schema=False)
     async def about() -> dict[str, Any]:
-        service = shared.service
-        if service is None:
-            return {"ready": False, "model": "", "defaults": {}, "feedback": False, "thinks": False}
-        own = service.defaults
-        defaults = {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k, "enable_thinking": True}
-        thinks = service.tokenizer.token_id(END_THINK) is not None
-        feedback = shared.feedback is not None
-        return {"ready": True, "model": service.name, "defaults": defaults, "feedback": feedback, "thinks": thinks}
+        def card(service: Service) -> dict[str, Any]:
+            own = service.defaults
+            defaults = {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k, "enable_thinking": True}
+            thinks = service.tokenizer.token_id(END_THINK) is not None
+            return {"name": service.name, "defaults": defaults, "thinks": thinks}
+
+        return {"models": [card(one) for one in shared.services.values()], "feedback": shared.feedback is not None}
 
     @app.get("/ui/{name}", include_in_schema=False)
     async def part(name: str) -> Response:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from errors import UserError, did_you_mean
+from errors import UserError
 from model.tokenizer import Tokenizer
 from serve.api.errors import ApiError
 from serve.api.metrics import Metrics
@@ -72,12 +72,6 @@ class Service:
         """Tokens that end a reply."""
         found = dict.fromkeys((*self.tokenizer.stop_ids, *self.defaults.stop_ids))
         return tuple(one for one in found if one < self.tokenizer.vocab_size)[:MAX_STOP_IDS]
-
-    def check_model(self, name: str | None) -> None:
-        """ApiError 404 for another model than this."""
-        if name is not None and name != self.name:
-            hint = did_you_mean(name, [self.name]) or f"; this server has {self.name!r}"
-            raise ApiError(404, f"there is no model {name!r}{hint}", param="model", code="model_not_found")
 
     def sampling(self, body: Sampling, max_tokens: int | None, top_logprobs: int | None) -> SamplingParams:
         """How a body asks for its replies to be drawn; ApiError 400 where it cannot be."""

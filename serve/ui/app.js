@@ -363,7 +363,9 @@ function wire() {
 
 async function connect() {
   try {
-    state.page = await (await call("/ui/page.json", undefined, value("key"))).json();
+    const { models, feedback } = await (await call("/ui/page.json", undefined, value("key"))).json();
+    const { name = "", defaults = {}, thinks = false } = models[0] ?? {};
+    state.page = { ready: models.length > 0, model: name, defaults, feedback, thinks };
     at("model").textContent = state.page.ready ? state.page.model : "loading …";
     document.title = `${state.page.model || "…"} · qmax`;
     at("feedback").hidden = !state.page.feedback;
