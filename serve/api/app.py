@@ -22,11 +22,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from errors import UserError, did_you_mean
 from serve.api import chat, completions
+from serve.api.embeddings import embed
 from serve.api.errors import ApiError, from_validation
 from serve.api.metrics import Metrics
 from serve.api.page import add_page
 from serve.api.runner import Runner
-from serve.api.schemas import ChatBody, CompletionBody, DetokenizeBody, FeedbackBody, TokenizeBody
+from serve.api.schemas import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, FeedbackBody, TokenizeBody
 from serve.api.service import Service
 from serve.feedback import Feedback
 
@@ -257,6 +258,7 @@ def add_errors(app: FastAPI) -> None:
 FIELDS = {
     "/v1/completions": CompletionBody.model_fields,
     "/v1/chat/completions": ChatBody.model_fields,
+    "/v1/embeddings": EmbeddingBody.model_fields,
     "/tokenize": TokenizeBody.model_fields,
     "/detokenize": DetokenizeBody.model_fields,
     "/v1/feedback": FeedbackBody.model_fields,
@@ -323,7 +325,11 @@ def add_generation(app: FastAPI, shared: Shared) -> None:
 
 
 def add_tokens(app: FastAPI, shared: Shared) -> None:
-    """Text to tokens and back."""
+    """Text to tokens and back, and to embeddings."""
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request, body: EmbeddingBody) -> dict[str, Any]:
+        return await unless_gone(request, embed(shared.model(body.model), body), shared.settings.timeout)
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
