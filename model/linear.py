@@ -95,7 +95,7 @@ def linear(x: Float[Array, "*B D"], weight: Weight, matmul: Matmul = "plain") ->
             `(s sum|w| + t sum|x|) / 2 + D s t / 4`, where s and t are 2/255 of the largest |x| and |w| in the sum.
     """
     if isinstance(weight, LowRank):
-        return linear(x, weight.base, matmul) + linear(x @ weight.a.astype(x.dtype).T, weight.b) * weight.scale
+        return linear(x, weight.base, matmul) + linear(weight.scaled(x @ weight.a.astype(x.dtype).T), weight.b)
     if isinstance(weight, Quantized):
         return in_float32(x, weight).astype(x.dtype).reshape(*x.shape[:-1], *weight.outputs)
     weight = weight.astype(x.dtype)
@@ -117,8 +117,8 @@ def merge_heads(out_BTNI: Float[Array, "B T N I"], o_NID: Weight, matmul: Matmul
     """
     if isinstance(o_NID, LowRank):
         a_RX = o_NID.a.astype(out_BTNI.dtype).reshape(len(o_NID.a), -1)
-        added = linear(out_BTNI.reshape(*out_BTNI.shape[:2], -1) @ a_RX.T, o_NID.b) * o_NID.scale
-        return merge_heads(out_BTNI, o_NID.base, matmul) + added
+        low_BTR = o_NID.scaled(out_BTNI.reshape(*out_BTNI.shape[:2], -1) @ a_RX.T)
+        return merge_heads(out_BTNI, o_NID.base, matmul) + linear(low_BTR, o_NID.b)
     o_XD = o_NID
     if not isinstance(o_NID, Quantized):
         o_XD = o_NID.astype(out_BTNI.dtype).reshape(-1, o_NID.shape[-1])

@@ -61,6 +61,22 @@ class RunSource:
 
     def weights(self, shardings: Shardings, dtype: Any, progress: Progress | None = None) -> dict[str, jax.Array]:
         """As `Source.weights`; arrays that the run holds stacked are cut into layers on the device."""
+        arrays = self._read(shardings)
+        if self.lora.rank:
+            arrays = merge(arrays, make_skeleton(self.config, stacked=False).sums, self.lora)
+        if progress is not None:
+            progress(sum(array.nbytes for array in arrays.values()))
+        return {name: jnp.astype(array, dtype) for name, array in arrays.items()}
+
+    def adapter(self) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """Both factors of each adapter, by the path of its weight in list form."""
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        arrays = self._read({"": here}, (".a", ".b"))
+        found = {name.rpartition(".")[0] for name in arrays}
+        return {name: (arrays[f"{name}.a"], arrays[f"{name}.b"]) for name in found}
+
+    def _read(self, shardings: Shardings, ends: tuple[str, ...] = ("",)) -> dict[str, jax.Array]:
+        """The arrays whose names end so, in list form."""
         saved = self.checkpoints.leaves(self.step)
         forms = {stacked: self._form(stacked) for stacked in (False, True)}
         fitting = [stacked for stacked, form in forms.items() if _fits(form, saved)]
@@ -69,6 +85,8 @@ class RunSource:
         skeleton = forms[fitting[0]]
         asked = {}
         for name, shape in skeleton.shapes.items():
+            if not name.endswith(ends):
+                continue
             kind = "params" if name in skeleton.weights else "extra"
             own = list_names(name, self.config) if fitting[0] else [name]
             sharding = _layout_of(own[0], shardings)
@@ -78,12 +96,7 @@ class RunSource:
             asked[path] = jax.ShapeDtypeStruct(shape, stored, sharding=sharding)
         found = self.checkpoints.restore(self.step, asked, part=True)
         arrays = {name.partition(".")[2]: array for name, array in found.items()}
-        arrays = unstack(arrays, self.config) if fitting[0] else arrays
-        if self.lora.rank:
-            arrays = merge(arrays, make_skeleton(self.config, stacked=False).sums, self.lora)
-        if progress is not None:
-            progress(sum(array.nbytes for array in arrays.values()))
-        return {name: jnp.astype(array, dtype) for name, array in arrays.items()}
+        return unstack(arrays, self.config) if fitting[0] else arrays
 
     def _form(self, stacked: bool) -> Skeleton:
         if not self.lora.rank:

@@ -32,13 +32,15 @@ class LowRank:
     """A weight with its adapter; where `linear` and its kin take a weight, they take this too.
 
     base: the weight. a: from what products sum over to the rank. b: from the rank to the outputs. In both the rank
-    comes first, behind the experts: as the last dimension a TPU fills it up to 128.
+    comes first, behind the experts: as the last dimension a TPU fills it up to 128. scale_BR: what each row of a batch
+    multiplies each rank by besides, see `model.adapters`.
     """
 
     base: Float[Array, "*S"] | Quantized
     a: Float[Array, "*E R *I"]
     b: Float[Array, "*E R *O"]
     scale: float = struct.field(pytree_node=False)
+    scale_BR: Float[Array, "B R"] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,12 +55,19 @@ class LowRank:
 
     def astype(self, dtype: Any) -> LowRank:
         """All parts in another type."""
-        return LowRank(self.base.astype(dtype), self.a.astype(dtype), self.b.astype(dtype), self.scale)
+        return LowRank(self.base.astype(dtype), self.a.astype(dtype), self.b.astype(dtype), self.scale, self.scale_BR)
+
+    def scaled(self, low: Float[Array, "*B R"]) -> Float[Array, "*B R"]:
+        """Products with `a`, as each row has them."""
+        if self.scale_BR is None:
+            return low * self.scale
+        rows = low.reshape(len(self.scale_BR), -1, low.shape[-1])
+        return (rows * self.scale_BR[:, None].astype(low.dtype)).reshape(low.shape)
 
     @property
     def mT(self) -> LowRank:  # noqa: N802 (as arrays call it)
         """With the weight's last two dimensions exchanged; the adapter is the same either way."""
-        return LowRank(self.base.mT, self.a, self.b, self.scale)
+        return LowRank(self.base.mT, self.a, self.b, self.scale, self.scale_BR)
 
 
 class Adapted(nnx.Module):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from model.adapters import Adapter, Adapters
 from model.quantization import WeightType
 from model.transformer import Transformer
 from serve.programs import Program, Programs, Shape
@@ -32,6 +33,7 @@ from sharding.rules import constrain
 OPERATIONS = ("stop", "idle", "step", "begin", "allow", "load", "save", "score", "embed")
 
 Arrays = Sequence[np.ndarray]
+Weights = tuple[list[jax.Array], Adapters | None]
 
 
 class Device:
@@ -41,6 +43,7 @@ class Device:
         limits: the sizes that the scheduler works with. pages: of all devices together. vocab_limit: rows of the
             embedding that are tokens. snapshots: places for what linear layers remember, of all devices together.
         led: of several processes the others do what process 0 says; otherwise all have the same requests.
+        adapters: each row may have one of them.
     """
 
     def __init__(
@@ -54,12 +57,14 @@ class Device:
         snapshots: int,
         weight_type: WeightType,
         led: bool,
+        adapters: Sequence[Adapter] = (),
     ):
         self.config, self.mesh, self.limits, self.pages = model.config, mesh, limits, pages
         self.weight_type: WeightType = weight_type
         self._vocab_limit, self._dtype = vocab_limit, jnp.dtype(model.dtype)
         self.many = jax.process_count() > 1
         self.led = led and self.many
+        self.adapters = self.on_mesh(lambda: Adapters.of(adapters, self._dtype))() if adapters else None
         self._structure: Any = None
         self.update(model)
         empty = partial(empty_state, self.config, limits.slots, pages, limits.page, self._dtype)
@@ -78,6 +83,11 @@ class Device:
         assert self._structure is None or self._structure == structure, "update() takes a model of the same sizes"
         self._structure = structure
 
+    @property
+    def weights(self) -> Weights:
+        """What the compiled functions take."""
+        return self.leaves, self.adapters
+
     def with_leaves(self, leaves: Sequence[jax.Array]) -> Transformer:
         """The model with these arrays, such as those that a compiled function is given."""
         return jax.tree.unflatten(self._structure, leaves)
@@ -95,9 +105,9 @@ class Device:
         """The step for one shape."""
         limits = self.limits
 
-        def engine_step(leaves: list[jax.Array], *args: Any) -> Any:
+        def engine_step(weights: Weights, *args: Any) -> Any:
             sizes = {"page": limits.page, "shards": limits.shards, "vocab_limit": self._vocab_limit}
-            return step(self.with_leaves(leaves), *args, **sizes)
+            return step(self.with_leaves(weights[0]), *args, **sizes, adapters=weights[1])
 
         leaves = jax.tree.leaves(abstract_weights(self.config, self._dtype, self.mesh, self.weight_type))
         state = abstract_state(self.config, limits.slots, self.pages, limits.page, self._dtype, self.mesh)
@@ -106,13 +116,17 @@ class Device:
             for x in self._blank("step", self.programs.shapes.index(shape))
         ]
         with self.mesh_context():
-            return jax.jit(engine_step, donate_argnums=1).lower(leaves, state, *args).compile()
+            weights = leaves, self.adapters
+            return jax.jit(engine_step, donate_argnums=1).lower(weights, state, *args).compile()
 
     def _reading(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """One of the functions of `serve.prompts`, compiled for each length."""
 
-        def read(leaves: list[jax.Array], *args: Any) -> Any:
-            found = function(self.with_leaves(leaves), *args, rows=self.limits.shards)
+        def read(weights: Weights, tokens_T: jax.Array, count: jax.Array, adapter: jax.Array) -> Any:
+            model, rows = self.with_leaves(weights[0]), self.limits.shards
+            if weights[1] is not None:
+                model = weights[1].on(model, jnp.broadcast_to(adapter, rows))
+            found = function(model, tokens_T, count, rows)
             return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), found)
 
         return self.on_mesh(jax.jit(read))
@@ -161,9 +175,10 @@ class Device:
         """Keeps a snapshot of a slot."""
         self._all_do("save", 0, (np.asarray([slot, place], np.int32),))
 
-    def read(self, name: str, tokens_T: np.ndarray, count: int) -> Any:
+    def read(self, name: str, tokens_T: np.ndarray, count: int, adapter: int = 0) -> Any:
         """What one of the functions of `serve.prompts` gives for a text of `count` tokens; from any thread."""
-        return self._all_do(name, len(tokens_T), (tokens_T, np.asarray([count], np.int32)))
+        words = np.asarray([count], np.int32), np.asarray([adapter], np.int32)
+        return self._all_do(name, len(tokens_T), (tokens_T, *words))
 
     def idle(self) -> None:
         """Lets those who are led know that somebody is there."""
@@ -207,16 +222,16 @@ class Device:
         if name == "allow":
             return [np.full(slots, none), np.zeros((slots, -(-vocab // 32)), np.uint32)]
         if name in self._read:
-            return [np.zeros(size, np.int32), np.zeros(1, np.int32)]
+            return [np.zeros(size, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32)]
         return [np.zeros(2, np.int32)] if name in ("load", "save") else []
 
     def _do(self, name: str, size: int, arrays: Arrays) -> Any:
         given = [self._everywhere(x) for x in arrays]
         if name == "step":
-            self.state, output = self.programs[self.programs.shapes[size]](self.leaves, self.state, *given)
+            self.state, output = self.programs[self.programs.shapes[size]](self.weights, self.state, *given)
             return output
         if name in self._read:
-            return self._read[name](self.leaves, *given)
+            return self._read[name](self.weights, *given)
         if name == "begin":
             self.state = self._begin(self.state, *given)
         elif name == "allow":

@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from errors import UserError
+from model.adapters import Adapter
 from model.cache import page_size
 from model.quantization import WeightType
 from model.transformer import Transformer
@@ -72,6 +73,7 @@ class Engine:
         deterministic: a reply has the same bits whatever is generated beside it: every step then has all slots, and
             prompts are read one at a time, in pieces that their own length decides.
         weight_type: int8 to keep matrices in 8 bits, each output channel with its scale.
+        adapters: adapters of low rank; a request names one by its number, counted from 1, see `request`.
         led: of several processes the others `device.follow()`: process 0 alone has requests. Otherwise all of them have
             the same ones, with seeds, and make the same steps of them.
 
@@ -91,6 +93,7 @@ class Engine:
         snapshots: int = 32,
         deterministic: bool = False,
         weight_type: WeightType = "same",
+        adapters: Sequence[Adapter] = (),
         led: bool = False,
     ):
         self.config, self.tokenizer, self.mesh = model.config, tokenizer, mesh
@@ -118,6 +121,7 @@ class Engine:
             snapshots=kept,
             weight_type=weight_type,
             led=led,
+            adapters=adapters,
         )
         pools = [PagePool(self.pages // shards) for _ in range(shards)]
         self.scheduler = Scheduler(self.limits, pools, [Snapshots(kept // shards) for _ in range(shards)])
@@ -160,7 +164,7 @@ class Engine:
     def request(
         self, prompt: Sequence[int], sampling: SamplingParams, where: str = "the prompt", **more: Any
     ) -> Request:
-        """A request with everything resolved; `submit` starts it.
+        """A request with everything resolved; `submit` starts it. `more`: its further fields, such as `adapter`.
 
         Raises:
             UserError: the prompt is empty or too long, or an id is no token.

@@ -29,9 +29,11 @@ class Prompts:
     def __init__(self, device: Device):
         self._device = device
 
-    def logprobs(self, tokens: Sequence[int], top: int) -> tuple[list[float | None], list[TopTokens | None]]:
+    def logprobs(
+        self, tokens: Sequence[int], top: int, adapter: int = 0
+    ) -> tuple[list[float | None], list[TopTokens | None]]:
         """Each token's log-probability and the `top` most likely ones; None for the first: nothing is before it."""
-        own, best, ids = self._device.read("score", self._padded(tokens), len(tokens))
+        own, best, ids = self._device.read("score", self._padded(tokens), len(tokens), adapter)
         found: list[float | None] = [None, *np.asarray(own)[: len(tokens) - 1].tolist()]
         if not top:
             return found, [None] * len(tokens)
@@ -39,9 +41,9 @@ class Prompts:
         each: list[TopTokens | None] = [list(zip(*pair, strict=True)) for pair in pairs]
         return found, [None, *each[: len(tokens) - 1]]
 
-    def embedding(self, tokens: Sequence[int]) -> np.ndarray:
+    def embedding(self, tokens: Sequence[int], adapter: int = 0) -> np.ndarray:
         """See `embed`."""
-        return np.asarray(self._device.read("embed", self._padded(tokens), len(tokens)))
+        return np.asarray(self._device.read("embed", self._padded(tokens), len(tokens), adapter))
 
     @staticmethod
     def _padded(tokens: Sequence[int]) -> np.ndarray:

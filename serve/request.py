@@ -55,8 +55,8 @@ class Completion:
 class Request:
     """A prompt with everything resolved.
 
-    stop_ids: tokens that end the reply. max_tokens: its longest. priority: lower goes first. salt: what else the
-    prompt's keys and values depend on. on_token: called with each token as it is read. constraint: of what may come.
+    stop_ids: tokens that end the reply. max_tokens: its longest. priority: lower goes first. adapter: see `Engine`; 0
+    for none. on_token: called with each token as it is read. constraint: of what may come.
     """
 
     prompt: Sequence[int]
@@ -64,7 +64,7 @@ class Request:
     stop_ids: tuple[int, ...]
     max_tokens: int
     priority: int = 0
-    salt: bytes = b""
+    adapter: int = 0
     on_token: Callable[[Request, int, float], None] | None = None
     constraint: Constraint | None = None
     tokens: list[int] = field(default_factory=list)
@@ -84,6 +84,11 @@ class Request:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.max_tokens:
             self.finish_reason = "length"
+
+    @property
+    def salt(self) -> bytes:
+        """What else its keys and values depend on, beside its tokens."""
+        return b"adapter %d" % self.adapter if self.adapter else b""
 
     @property
     def known(self) -> list[int]:

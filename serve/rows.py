@@ -29,6 +29,7 @@ ROW = np.dtype(
         ("min_tokens", "i4"),
         ("top_logprobs", "i4"),
         ("special", "i4"),  # which of the tables below concern it
+        ("adapter", "i4"),  # which of the model's adapters it has; 0: none
         ("top_k", "i4"),
         ("temperature", "f4"),
         ("top_p", "f4"),
@@ -55,6 +56,7 @@ def fill(row: Any, request: Request) -> None:
     row["min_tokens"], row["top_logprobs"] = params.min_tokens, params.top_logprobs
     row["top_k"], row["special"] = min(params.top_k, LARGEST_TOP_K), BIAS if params.logit_bias else 0
     row["temperature"], row["top_p"], row["min_p"] = params.temperature, params.top_p, params.min_p
+    row["adapter"] = request.adapter
     row["presence"], row["frequency"] = params.presence_penalty, params.frequency_penalty
     row["repetition"] = params.repetition_penalty
     row["seed"] = params.seed >> 32, params.seed & 0xFFFFFFFF
@@ -116,6 +118,7 @@ class Rows:
     min_tokens_R: Int[Array, " R"]
     top_logprobs_R: Int[Array, " R"]
     special_R: Int[Array, " R"]
+    adapter_R: Int[Array, " R"]
     presence_R: Float[Array, " R"]
     frequency_R: Float[Array, " R"]
     repetition_R: Float[Array, " R"]

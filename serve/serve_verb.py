@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,15 @@ def _parser() -> Parser:
         help="what requests call the model, of several once for each (default: the last part of its path)",
     )
 
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=DIRECTORY",
+        help="an adapter of low rank (a run with lora.rank, or a directory of PEFT's), and what requests call "
+        "it; may be given several times",
+    )
+
     def add(name: str, kind: Any, default: Any, words: str, metavar: str = "N") -> None:
         shown = "" if default is None else " (default: %(default)s)"
         parser.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=words + shown)
@@ -111,9 +121,23 @@ def names_of(args: argparse.Namespace) -> list[str]:
     found = args.name or [path.resolve().name for path in args.model]
     if len(found) != len(args.model):
         raise UserError(f"{len(args.model)} models came with {len(found)} names; give --name once for each, or not")
-    twice = next((name for name in found if found.count(name) > 1), None)
+    every = [*found, *(name for name, _ in adapters_of(args))]
+    twice = next((name for name in every if every.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"two models are called {twice!r}; give each a --name of its own")
+    return found
+
+
+def adapters_of(args: argparse.Namespace) -> list[tuple[str, Path]]:
+    """Names and files of adapters. UserError for one without a name, and where it is not clear whose they are."""
+    found = [(name, Path(path)) for name, _, path in (given.partition("=") for given in args.adapter)]
+    for name, path in found:
+        if not name or path == Path():
+            raise UserError(f"--adapter takes NAME=DIRECTORY, such as tuned=runs/tuned, not {name or '='!r}")
+        if not path.exists():
+            raise UserError(f"the adapter {path} does not exist")
+    if found and len(args.model) > 1:
+        raise UserError("adapters are served beside one model; start a server for each model")
     return found
 
 
@@ -185,12 +209,14 @@ def lead(args: argparse.Namespace, placement: Placement, keys: tuple[str, ...], 
     async def start(shared: Shared) -> None:
         loop = asyncio.get_running_loop()
         try:
-            loaded = await asyncio.to_thread(lambda: [load(args, path, placement, shared, loop) for path in args.model])
+            loaded = [
+                one for path in args.model for one in await asyncio.to_thread(load, args, path, placement, shared, loop)
+            ]
             shared.services = {service.name: service for service in loaded}
             shared.state = "ready"
             watch(shared.metrics, loaded)
             for service in loaded:
-                service.engine.device.programs.prepare()
+                service.engine.device.programs.prepare()  # the rest of them
             print(f"serving {' and '.join(shared.services)}", file=sys.stderr, flush=True)
         except Exception as error:  # it is told by the main thread, as every verb's errors are
             failed.append(error)
@@ -221,11 +247,13 @@ def lead(args: argparse.Namespace, placement: Placement, keys: tuple[str, ...], 
 
 def load_engine(args: argparse.Namespace, path: Path, placement: Placement) -> tuple[Engine, Tokenizer]:
     """A model on its devices."""
+    from model.adapters import read_adapter
     from model.load import load_model
     from serve.engine import Engine
     from sharding.mesh import make_mesh
 
     model, tokenizer = load_model(path, placement.mesh)
+    adapters = [read_adapter(file, model.config) for _, file in adapters_of(args)]
     engine = Engine(
         model,
         tokenizer,
@@ -235,6 +263,7 @@ def load_engine(args: argparse.Namespace, path: Path, placement: Placement) -> t
         pages=args.pages,
         deterministic=args.deterministic,
         weight_type=args.weights,
+        adapters=adapters,
         led=True,
     )
     return engine, tokenizer
@@ -242,8 +271,8 @@ def load_engine(args: argparse.Namespace, path: Path, placement: Placement) -> t
 
 def load(
     args: argparse.Namespace, path: Path, placement: Placement, shared: Shared, loop: asyncio.AbstractEventLoop
-) -> Service:
-    """The service of a model, its first programs compiled."""
+) -> list[Service]:
+    """The service of a model, its first programs compiled; then those with its adapters."""
     from serve.api.runner import Runner
     from serve.api.service import Defaults, Service
 
@@ -262,7 +291,8 @@ def load(
         tell(f"compiled {number} of the {len(first)} programs that are needed first")
     runner = Runner(engine, loop, args.queue)
     name = dict(zip(args.model, names_of(args), strict=True))[path]
-    return Service(name, engine, tokenizer, runner, shared.metrics, Defaults.of(generation_config(path)))
+    base = Service(name, engine, tokenizer, runner, shared.metrics, Defaults.of(generation_config(path)))
+    return [base, *(replace(base, name=own, adapter=i) for i, (own, _) in enumerate(adapters_of(args), 1))]
 
 
 def generation_config(path: Path) -> dict[str, Any]:

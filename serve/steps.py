@@ -13,6 +13,7 @@ from flax import struct
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
+from model.adapters import Adapters
 from model.cache import Cache, empty_layer, lay_out, layer_axes
 from model.config import ModelConfig
 from model.forward import continuation, forward, unembed
@@ -78,18 +79,21 @@ def step(
     page: int,
     shards: int = 1,
     vocab_limit: int,
+    adapters: Adapters | None = None,
 ) -> tuple[State, Int[Array, "R Y"]]:
     """Reads `tokens`, or without them each row's last token, and draws the next one.
 
     Args:
         words_RW: see `serve.rows`; on as many devices as there are `shards`, each having its rows one after the other.
             Where there are as many rows as slots and no tokens, row r must have slot r.
-        page: positions of a page. vocab_limit: rows of the embedding that are tokens.
+        page: positions of a page. vocab_limit: rows of the embedding that are tokens. adapters: those that rows name.
 
     Returns:
         The state, and of each row its token, the bits of its log-probability, and `most_likely`.
     """
     rows = unpack_rows(words_RW)
+    if adapters is not None:
+        model = adapters.on(model, constrain(rows.adapter_R, "batch"))
     slots = len(state.last_S)
     if tokens_RT is None:
         tokens_RT = state.last_S[rows.slot_R][:, None]

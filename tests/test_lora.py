@@ -55,7 +55,7 @@ def whole(trainer: Trainer) -> Trainer:
     return other
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", [k if k != "hybrid" else pytest.param(k, marks=pytest.mark.full) for k in MODELS])
 def test_gradients_are_those_of_the_weights_carried_over(kind: str) -> None:
     """Of `W + s A B`: `dA = s dW B'` and `dB = s A' dW`, for every target, experts' too."""
     trainer = adapted(kind)
@@ -101,7 +101,7 @@ def test_a_run_begins_as_its_model_and_trains_adapters_alone() -> None:
 @pytest.mark.parametrize(
     ("kind", "layers", "mesh"),
     [
-        ("moe", "stacked", MeshConfig(fsdp=2, expert=2, tensor=2)),
+        pytest.param("moe", "stacked", MeshConfig(fsdp=2, expert=2, tensor=2), marks=pytest.mark.full),
         ("moe", "list", MeshConfig(data=2, expert=2, context=2, exchange="all_to_all")),
         ("latent", "list", MeshConfig(data=2, fsdp=2, tensor=2)),
     ],

@@ -59,8 +59,8 @@ class Directory:
         UserError: none are there, a file is damaged or truncated, or the index does not fit them.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, name: str = SINGLE):
+        self.path, self._name = path, name
         self.entries: dict[str, Entry] = {}
         for file, names in self._files().items():
             found = read_header(file)
@@ -74,12 +74,12 @@ class Directory:
         """Files with the tensors to take from each; None for all."""
         index = self.path / INDEX
         if not index.is_file():
-            single = self.path / SINGLE
+            single = self.path / self._name
             if single.is_file():
                 return {single: None}
             others = sorted(self.path.glob("pytorch_model*.bin"))
             hint = "; its .bin files are pickles, which are not read: convert them to safetensors" if others else ""
-            raise UserError(f"{self.path} holds neither {SINGLE} nor {INDEX}{hint}")
+            raise UserError(f"{self.path} holds neither {self._name} nor {INDEX}{hint}")
         try:
             where = json.loads(index.read_text())["weight_map"]
             assert isinstance(where, dict) and all(isinstance(file, str) for file in where.values())

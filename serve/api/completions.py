@@ -63,7 +63,8 @@ class Completions:
         for number, prompt in enumerate(self.prompts):
             scored: tuple[list[float | None], list[TopTokens | None]] | None = None
             if self.body.logprobs is not None:
-                scored = await asyncio.to_thread(self.service.prompts.logprobs, prompt, self.body.logprobs)
+                asked = prompt, self.body.logprobs, self.service.adapter
+                scored = await asyncio.to_thread(self.service.prompts.logprobs, *asked)
             for choice in self.choices[number * n : (number + 1) * n]:
                 choice.echo(prompt, scored)
 

@@ -34,7 +34,7 @@ async def embed(service: Service, body: EmbeddingBody) -> dict[str, Any]:
             )
     found = []
     for tokens in texts:
-        vector = await asyncio.to_thread(service.prompts.embedding, tokens)
+        vector = await asyncio.to_thread(service.prompts.embedding, tokens, service.adapter)
         found.append(vector.astype(np.float32))
     count = sum(map(len, texts))
     service.metrics.prompt_tokens.inc(count)

@@ -52,7 +52,7 @@ class Defaults:
 class Service:
     """One served model.
 
-    name: as requests call it. created: when it was loaded, in seconds since 1970.
+    name: as requests call it. created: when it was loaded, in seconds since 1970. adapter: of the engine's; 0: none.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Service:
     metrics: Metrics
     defaults: Defaults = field(default_factory=Defaults)
     created: int = field(default_factory=lambda: int(time.time()))
+    adapter: int = 0
 
     def __post_init__(self) -> None:
         self.prompts = Prompts(self.engine.device)
@@ -115,7 +116,8 @@ class Service:
     ) -> Request:
         """A request of the engine; ApiError 400 where the prompt cannot be read."""
         try:
-            return self.engine.request(prompt, sampling, priority=priority, constraint=constraint)
+            more = {"priority": priority, "constraint": constraint, "adapter": self.adapter}
+            return self.engine.request(prompt, sampling, **more)
         except UserError as error:
             code = "context_length_exceeded" if "positions" in str(error) else "invalid_value"
             raise ApiError(400, str(error), code=code) from error
