@@ -24,6 +24,20 @@ from serve.engine import Engine
 
 ROOT = Path(__file__).resolve().parent.parent
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Rome", "Paris"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+CHAT_TOOLS = [{"type": "function", "function": {"name": "time", "parameters": SCHEMA}}]
+REPLY = (
+    "<think>\nWhere is it?\n</think>\n\nI shall look. <tool_call>\n"
+    '{"name": "time", "arguments": {"city": "Rome", "high": "\\ud800"}}\n</tool_call>\n'
+    '<tool_call>{"name": "time", "arguments": {}}</tool_call> So be it.'
+)
+"""All that a model may write; half a surrogate pair, which no UTF-8 can hold, among it."""
+
 
 @dataclass
 class Served(Shared):

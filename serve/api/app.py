@@ -23,10 +23,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from errors import UserError, did_you_mean
 from serve.api import chat, completions
 from serve.api.errors import ApiError, from_validation
+from serve.api.messages import add_messages
 from serve.api.metrics import Metrics
 from serve.api.page import add_page
+from serve.api.response_store import ResponseStore
+from serve.api.responses import add_responses
 from serve.api.runner import Runner
-from serve.api.schemas import ChatBody, CompletionBody, DetokenizeBody, FeedbackBody, TokenizeBody
+from serve.api.schemas import (
+    ChatBody,
+    CompletionBody,
+    CountBody,
+    DetokenizeBody,
+    FeedbackBody,
+    MessagesBody,
+    ResponsesBody,
+    TokenizeBody,
+)
 from serve.api.sending import Answer, send
 from serve.api.service import Service
 from serve.feedback import Feedback
@@ -53,12 +65,14 @@ class Settings:
 
 @dataclass
 class Shared:
-    """What is there while the server runs. services: the models by name, once they are loaded. feedback: where kept."""
+    """What is there while the server runs. services: the models by name, once they are loaded. feedback: where kept.
+    responses: past ones, to go on from."""
 
     settings: Settings
     metrics: Metrics = field(default_factory=Metrics)
     services: dict[str, Service] = field(default_factory=dict)
     feedback: Feedback | None = None
+    responses: ResponseStore = field(default_factory=ResponseStore)
     state: str = "loading"
     failure: str = ""
 
@@ -176,6 +190,8 @@ def make_app(shared: Shared, start: Callable[[Shared], Awaitable[None]] | None =
     add_errors(app)
     add_models(app, shared)
     add_generation(app, shared)
+    add_responses(app, shared)
+    add_messages(app, shared)
     add_tokens(app, shared)
     add_page(app, shared)
     if shared.settings.origins:
@@ -218,6 +234,9 @@ def add_errors(app: FastAPI) -> None:
 FIELDS = {
     "/v1/completions": CompletionBody.model_fields,
     "/v1/chat/completions": ChatBody.model_fields,
+    "/v1/responses": ResponsesBody.model_fields,
+    "/v1/messages": MessagesBody.model_fields,
+    "/v1/messages/count_tokens": CountBody.model_fields,
     "/tokenize": TokenizeBody.model_fields,
     "/detokenize": DetokenizeBody.model_fields,
     "/v1/feedback": FeedbackBody.model_fields,

@@ -147,6 +147,7 @@ class Reasoning(Body):
     """Whether a response begins with a thought."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: None = None
 
 
 class ResponseStreamOptions(Body):
@@ -158,7 +159,7 @@ class ResponseStreamOptions(Body):
 class ResponsesBody(Drawing):
     """POST /v1/responses. Items of `input` and `tools` are looked at by serve/api/response_items.py."""
 
-    input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
+    input: str | list[dict[str, Any]]
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None
