@@ -83,3 +83,13 @@ def serving(shared: Served, engine: Engine | None = None, queue: int = 64) -> It
     finally:
         server.should_exit = True
         thread.join()
+
+
+def idle(engine: Engine) -> bool:
+    """Whether all has been given back, soon."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if not engine.scheduler.busy and engine.scheduler.pools[0].held == 0:
+            return True
+        time.sleep(0.01)
+    return False

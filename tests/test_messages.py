@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from serve.api.app import Settings
 from serve.api.message_blocks import BlockWriter, input_of, messages_of
 from serve.parsing import ReplyParser
-from tests.serving import CHAT_TOOLS, REPLY, SCHEMA, Served, serving
+from tests.serving import CHAT_TOOLS, REPLY, SCHEMA, Served, idle, serving
 
 KEY = "secret-of-the-tests"
 TOOLS: list[Any] = [{"name": name, "input_schema": SCHEMA} for name in ("weather", "time")]
@@ -240,6 +240,35 @@ def test_thoughts_are_blocks_of_their_own(shared: Served, client: anthropic.Anth
     asked["thinking"] = {"type": "disabled"}
     (only,) = client.messages.create(**asked).content
     assert only.type == "text"
+
+
+def test_thinking_is_asked_for(client: anthropic.Anthropic) -> None:
+    def read(**more: Any) -> int:
+        return client.messages.count_tokens(model="tiny", messages=ASK, **more).input_tokens
+
+    on = read(thinking={"type": "adaptive"})
+    assert on == read(thinking={"type": "enabled", "budget_tokens": 2048})
+    assert on < read() == read(thinking={"type": "disabled"}), "the prompt holds a thought that is over"
+
+
+def test_a_stream_that_fails_says_so(shared: Served, client: anthropic.Anthropic) -> None:
+    usual, shared.settings = shared.settings, Settings(keys=(KEY,), timeout=0.3)
+    try:
+        asked: Any = {"model": "tiny", "messages": ASK, "max_tokens": 1900, "extra_body": {"ignore_eos": True}}
+        with pytest.raises(anthropic.APIStatusError, match="the request took more than") as failed:
+            list(client.messages.create(**asked, stream=True))
+    finally:
+        shared.settings = usual
+    assert isinstance(failed.value.body, dict) and failed.value.body["error"]["type"] == "timeout_error"
+    assert idle(shared.services["tiny"].engine)
+
+
+def test_who_goes_frees_the_slot(shared: Served, raw: httpx.Client) -> None:
+    asked = {"model": "tiny", "messages": ASK, "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    with raw.stream("POST", "/v1/messages", json=asked) as answer:
+        next(answer.iter_lines())
+        assert shared.services["tiny"].engine.scheduler.busy
+    assert idle(shared.services["tiny"].engine)
 
 
 RESULT = {"type": "tool_result", "tool_use_id": "x", "content": ""}

@@ -17,7 +17,7 @@ from serve.api.errors import ApiError
 from serve.api.response_items import ItemWriter, items_of, messages_of
 from serve.api.response_store import ResponseStore, Stored
 from serve.parsing import ReplyParser
-from tests.serving import CHAT_TOOLS, REPLY, SCHEMA, Served, serving
+from tests.serving import CHAT_TOOLS, REPLY, SCHEMA, Served, idle, serving
 
 KEY = "secret-of-the-tests"
 TOOLS: list[Any] = [{"type": "function", "name": name, "parameters": SCHEMA} for name in ("weather", "time")]
@@ -298,6 +298,23 @@ def test_a_call_its_result_and_what_follows(client: openai.OpenAI) -> None:
     question: Any = {"role": "user", "content": "Hello"}
     whole = client.responses.create(**asked, input=[question, call, result])  # pyright: ignore[reportArgumentType]
     assert after.output_text == whole.output_text and after.output_text
+
+
+def test_a_stream_that_fails_says_so(shared: Served, raw: httpx.Client) -> None:
+    usual, shared.settings = shared.settings, Settings(keys=(KEY,), timeout=0.3)
+    try:
+        asked = {"model": "tiny", "input": "Hello", "ignore_eos": True, "max_output_tokens": 1900, "stream": True}
+        lines = raw.post("/v1/responses", json=asked).text.split("\n\n")[:-1]
+    finally:
+        shared.settings = usual
+    events = [EVENT.validate_python(json.loads(line.partition("data: ")[2])) for line in lines]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[-1].type == "response.failed" and events[-1].response.status == "failed"
+    assert "more than 0.3 seconds" in events[-1].response.error.message
+    said = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert events[-1].response.output_text == said
+    assert idle(shared.services["tiny"].engine)
+    assert raw.get(f"/v1/responses/{events[-1].response.id}").status_code == 404, "what failed is not kept"
 
 
 @pytest.mark.parametrize(

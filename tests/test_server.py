@@ -6,7 +6,6 @@ The official client talks to it over a socket, and httpx where the client would 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 from model.tokenizer import Tokenizer
 from serve.api.app import Settings, Shared, make_app
 from serve.engine import Engine
-from tests.serving import Served, serving, tiny_tokenizer
+from tests.serving import Served, idle, serving, tiny_tokenizer
 from train.scoring import Scorer
 
 PUBLIC_PATHS = {"/", "/health", "/ui/{name}", "/ui/page.json"}
@@ -54,16 +53,6 @@ def client(shared: Served) -> Iterator[openai.OpenAI]:
 def raw(shared: Served) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=shared.address, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as one:
         yield one
-
-
-def idle(engine: Engine) -> bool:
-    """Whether all has been given back, soon."""
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        if not engine.scheduler.busy and engine.scheduler.pools[0].held == 0:
-            return True
-        time.sleep(0.01)
-    return False
 
 
 # ---- completions ------------------------------------------------------------

@@ -184,11 +184,12 @@ def input_of(arguments: str) -> dict[str, Any]:
 
 
 class BlockWriter:
-    """Pieces of a reply as blocks, and the events that tell of them; `blocks` are those so far."""
+    """Pieces of a reply as blocks, and the events that tell of them; `blocks` are those so far, whole at the end."""
 
     def __init__(self) -> None:
         self.blocks: list[dict[str, Any]] = []
         self._open: Literal["thought", "words"] | None = None
+        self._texts: list[str] = []  # of the block that is open
 
     def push(self, pieces: Sequence[Piece]) -> Iterator[dict[str, Any]]:
         """The events of some more pieces."""
@@ -199,11 +200,11 @@ class BlockWriter:
                 continue
             if self._open != piece.kind:
                 yield from self._end()
-                self._open = piece.kind
+                self._open, self._texts = piece.kind, []
                 thought = {"type": "thinking", "thinking": "", "signature": ""}
                 yield self._begin(thought if piece.kind == "thought" else {"type": "text", "text": ""})
             name = "thinking" if piece.kind == "thought" else "text"
-            self.blocks[-1][name] += piece.text
+            self._texts.append(piece.text)
             yield self._delta({"type": f"{name}_delta", name: piece.text})
 
     def finish(self) -> Iterator[dict[str, Any]]:
@@ -221,6 +222,7 @@ class BlockWriter:
         if self._open is None:
             return
         block = self.blocks[-1]
+        block["thinking" if self._open == "thought" else "text"] = "".join(self._texts)
         if self._open == "thought":  # clients want one to send it back; it says which thought it is, not whose
             block["signature"] = hashlib.sha256(block["thinking"].encode("utf-8", "replace")).hexdigest()
             yield self._delta({"type": "signature_delta", "signature": block["signature"]})

@@ -75,7 +75,7 @@ def turn_of(body: CountBody) -> Turn:
     )
 
 
-class Answer(Dialogue):
+class Reply(Dialogue):
     """The message that answers one body, not written yet; make it with `make`."""
 
     named_events = True
@@ -149,10 +149,10 @@ class Answer(Dialogue):
         yield {"type": "message_stop"}
 
 
-async def make(service: Service, body: MessagesBody) -> Answer:
+async def make(service: Service, body: MessagesBody) -> Reply:
     """The answer to a body, not started yet. ApiError for one that cannot be given."""
     turn = turn_of(body)
-    return Answer(service, turn, await turn.prompt(service))
+    return Reply(service, turn, await turn.prompt(service))
 
 
 def add_messages(app: FastAPI, shared: Shared) -> None:

@@ -200,11 +200,12 @@ def _say(messages: list[dict[str, Any]], item: Mapping[str, Any]) -> None:
 
 # ---- what the model wrote --------------------------------------------------------------------------------------------
 class ItemWriter:
-    """Pieces of a reply as items, and the events that tell of them; `items` are those so far."""
+    """Pieces of a reply as items, and the events that tell of them; `items` are those so far, whole after `finish`."""
 
     def __init__(self) -> None:
         self.items: list[dict[str, Any]] = []
         self._open: Literal["thought", "words"] | None = None
+        self._texts: list[str] = []  # of the item that is open
         self._logprobs: list[dict[str, Any]] = []  # of words that were not given out yet
 
     def push(self, pieces: Sequence[Piece], logprobs: Sequence[dict[str, Any]] = ()) -> Iterator[dict[str, Any]]:
@@ -239,28 +240,27 @@ class ItemWriter:
         return self._event("output_item.added", item=dict(item))
 
     def _begin(self, kind: Literal["thought", "words"]) -> Iterator[dict[str, Any]]:
-        self._open = kind
+        self._open, self._texts = kind, []
         if kind == "thought":
             item = {"type": "reasoning", "id": new_id("rs"), "summary": [], "content": [], "status": "in_progress"}
-            part = thought_part("")
+            make = thought_part
         else:
             item = {"type": "message", "id": new_id("msg"), "role": "assistant", "content": [], "status": "in_progress"}
-            part = text_part("")
+            make = text_part
         yield self._added(item)
-        yield self._within("content_part.added", part=dict(part))
-        item["content"] = [part]
+        yield self._within("content_part.added", part=make(""))
+        item["content"] = [make("")]
 
     def _say(self, text: str) -> Iterator[dict[str, Any]]:
-        (part,) = self.items[-1]["content"]
-        part["text"] += text
+        self._texts.append(text)
         if self._open == "thought":
             yield self._within("reasoning_text.delta", delta=text)
-            return
-        yield self._within("output_text.delta", delta=text, logprobs=self._take_logprobs(part))
+        else:
+            yield self._within("output_text.delta", delta=text, logprobs=self._take_logprobs())
 
-    def _take_logprobs(self, part: dict[str, Any]) -> list[dict[str, Any]]:
+    def _take_logprobs(self) -> list[dict[str, Any]]:
         fresh, self._logprobs = self._logprobs, []
-        part["logprobs"] = part["logprobs"] + fresh
+        self.items[-1]["content"][0]["logprobs"] += fresh
         return fresh
 
     def _end(self, status: Literal["completed", "incomplete"]) -> Iterator[dict[str, Any]]:
@@ -268,10 +268,11 @@ class ItemWriter:
             return
         item = self.items[-1]
         (part,) = item["content"]
+        part["text"] = "".join(self._texts)
         if self._open == "thought":
             yield self._within("reasoning_text.done", text=part["text"])
         else:
-            self._take_logprobs(part)
+            self._take_logprobs()
             yield self._within("output_text.done", text=part["text"], logprobs=part["logprobs"])
         yield self._within("content_part.done", part=part)
         item["status"], self._open = status, None

@@ -157,6 +157,8 @@ class Response(Dialogue):
 
     def failure(self, error: ApiError) -> dict[str, Any]:
         """The event that a stream ends with when something goes wrong."""
+        for _ in self._writer.finish(complete=False):
+            pass
         self._status = "failed"
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
         response = self.response(error={"code": code, "message": error.message})
