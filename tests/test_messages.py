@@ -283,6 +283,7 @@ RESULT = {"type": "tool_result", "tool_use_id": "x", "content": ""}
         ({"messages": [{"role": "usr", "content": "x"}]}, 400, "invalid_request_error", "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "invalid_request_error", "'image'"),
         ({"messages": [{"role": "user", "content": [RESULT]}]}, 400, "invalid_request_error", "no tool_use before"),
+        ({"messages": [{"role": "user", "content": []}]}, 400, "invalid_request_error", "messages[0].content is empty"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "invalid_request_error", "somebody must speak"),
         ({"system": [{"type": "image"}]}, 400, "invalid_request_error", "system[0].type"),
         ({"tools": [{"type": "web_search_20250305", "name": "w"}]}, 400, "invalid_request_error", "tools[0].type"),

@@ -112,6 +112,8 @@ def messages_of(
         if isinstance(message.content, str):
             found.append({"role": message.role, "content": message.content})
             continue
+        if not message.content:
+            raise ApiError(400, f"{where}.content is empty; give at least one block", param=f"{where}.content")
         blocks = blocks_of(message.content, message.role, f"{where}.content")
         called |= {block.id for block in blocks if isinstance(block, ToolUseBlock)}
         for number, block in enumerate(blocks):
