@@ -7,6 +7,7 @@ kilobytes.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -20,13 +21,15 @@ from jax.experimental import multihost_utils
 from model.quantization import WeightType
 from model.transformer import Transformer
 from serve.programs import Program, Programs, Shape
+from serve.prompts import embed, score
 from serve.rows import WORDS
 from serve.scheduler import Limits
 from serve.snapshots import Store
 from serve.steps import abstract_state, allow, begin, empty_state, step
 from serve.weights import abstract_weights, decode_weights
+from sharding.rules import constrain
 
-OPERATIONS = ("stop", "idle", "step", "begin", "allow", "load", "save")
+OPERATIONS = ("stop", "idle", "step", "begin", "allow", "load", "save", "score", "embed")
 
 Arrays = Sequence[np.ndarray]
 
@@ -63,6 +66,9 @@ class Device:
         self.state = self.on_mesh(jax.jit(empty))()
         self.store = Store(self.config, self._dtype, snapshots, self.on_mesh)
         self._begin, self._allow = (self.on_mesh(jax.jit(f, donate_argnums=0)) for f in (begin, allow))
+        self._read = {"score": self._reading(score), "embed": self._reading(embed)}
+        # All processes have to do the same in the same order, whichever thread asks for it.
+        self._order: Any = threading.Lock() if self.led else nullcontext()
         self.programs = Programs(self._compile, self._shapes())
 
     # ---- weights and programs ---------------------------------------------
@@ -95,16 +101,28 @@ class Device:
 
         leaves = jax.tree.leaves(abstract_weights(self.config, self._dtype, self.mesh, self.weight_type))
         state = abstract_state(self.config, limits.slots, self.pages, limits.page, self._dtype, self.mesh)
-        args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated()) for x in self._blank("step", shape)]
+        args = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated())
+            for x in self._blank("step", self.programs.shapes.index(shape))
+        ]
         with self.mesh_context():
             return jax.jit(engine_step, donate_argnums=1).lower(leaves, state, *args).compile()
 
+    def _reading(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """One of the functions of `serve.prompts`, compiled for each length."""
+
+        def read(leaves: list[jax.Array], *args: Any) -> Any:
+            found = function(self.with_leaves(leaves), *args, rows=self.limits.shards)
+            return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), found)
+
+        return self.on_mesh(jax.jit(read))
+
     def warm_up(self) -> None:
-        """Makes every program; nothing is compiled after that."""
+        """Makes every program of generation; nothing is compiled for that any more."""
         for made in self.programs.prepare():
             made.result()
         for name in ("begin", "allow", *(("save", "load") if self.store.count else ())):
-            self._do(name, self.programs.shapes[0], self._blank(name, self.programs.shapes[0]))
+            self._do(name, 0, self._blank(name, 0))
 
     def mesh_context(self) -> Any:
         """The mesh in force."""
@@ -125,72 +143,80 @@ class Device:
     # ---- operations -------------------------------------------------------
     def step(self, shape: Shape, *arrays: np.ndarray) -> jax.Array:
         """Rows take a step: their words and, where prompts are read, their tokens. Gives what was drawn."""
-        return self._all_do("step", shape, arrays)
+        return self._all_do("step", self.programs.shapes.index(shape), arrays)
 
     def begin(self, slot: int, seen_V: np.ndarray, bias_V: np.ndarray) -> None:
         """Writes what a request asks of the tables to its slot."""
-        self._all_do("begin", None, (np.asarray([slot], np.int32), seen_V, bias_V))
+        self._all_do("begin", 0, (np.asarray([slot], np.int32), seen_V, bias_V))
 
     def allow(self, slots_S: np.ndarray, allowed_SW: np.ndarray) -> None:
         """Writes the tokens that these slots may draw next."""
-        self._all_do("allow", None, (slots_S, allowed_SW))
+        self._all_do("allow", 0, (slots_S, allowed_SW))
 
     def load(self, slot: int, place: int) -> None:
         """Puts a snapshot into a slot."""
-        self._all_do("load", None, (np.asarray([slot, place], np.int32),))
+        self._all_do("load", 0, (np.asarray([slot, place], np.int32),))
 
     def save(self, slot: int, place: int) -> None:
         """Keeps a snapshot of a slot."""
-        self._all_do("save", None, (np.asarray([slot, place], np.int32),))
+        self._all_do("save", 0, (np.asarray([slot, place], np.int32),))
+
+    def read(self, name: str, tokens_T: np.ndarray, count: int) -> Any:
+        """What one of the functions of `serve.prompts` gives for a text of `count` tokens; from any thread."""
+        return self._all_do(name, len(tokens_T), (tokens_T, np.asarray([count], np.int32)))
 
     def idle(self) -> None:
         """Lets those who are led know that somebody is there."""
         if self.led:
-            self._all_do("idle", None, ())
+            self._all_do("idle", 0, ())
 
     def stop(self) -> None:
         """Lets those who are led go."""
         if self.led:
-            self._all_do("stop", None, ())
+            self._all_do("stop", 0, ())
 
     def follow(self) -> None:
         """Does what process 0 says until it says that it is over."""
         assert self.led and jax.process_index() > 0, "process 0 leads"
         while True:
-            number, shape_number = multihost_utils.broadcast_one_to_all(np.zeros(2, np.int32)).tolist()
-            name, shape = OPERATIONS[number], self.programs.shapes[shape_number]
+            number, size = multihost_utils.broadcast_one_to_all(np.zeros(2, np.int32)).tolist()
+            name = OPERATIONS[number]
             if name == "stop":
                 return
-            blank = self._blank(name, shape)
+            blank = self._blank(name, size)
             arrays = [np.asarray(x) for x in multihost_utils.broadcast_one_to_all(tuple(blank))] if blank else []
-            self._do(name, shape, arrays)
+            self._do(name, size, arrays)
 
-    def _all_do(self, name: str, shape: Shape | None, arrays: Arrays) -> Any:
-        shape = shape or self.programs.shapes[0]
-        if self.led:
-            number = self.programs.shapes.index(shape)
-            multihost_utils.broadcast_one_to_all(np.asarray([OPERATIONS.index(name), number], np.int32))
-            if arrays:
-                multihost_utils.broadcast_one_to_all(tuple(arrays))
-        return self._do(name, shape, arrays)
+    def _all_do(self, name: str, size: int, arrays: Arrays) -> Any:
+        with self._order:
+            if self.led:
+                multihost_utils.broadcast_one_to_all(np.asarray([OPERATIONS.index(name), size], np.int32))
+                if arrays:
+                    multihost_utils.broadcast_one_to_all(tuple(arrays))
+            return self._do(name, size, arrays)
 
-    def _blank(self, name: str, shape: Shape) -> list[np.ndarray]:
-        """Arrays of the shapes and types that go with an operation."""
+    def _blank(self, name: str, size: int) -> list[np.ndarray]:
+        """Arrays of the shapes and types that go with an operation; `size`: a shape's number, or a text's length."""
         slots, vocab, none = self.limits.slots, self.config.vocab_size, np.int32(2**30)
         if name == "step":
+            shape = self.programs.shapes[size]
             words = np.zeros((shape.rows, WORDS + self.limits.width), np.int32)
             return [words, np.zeros((shape.rows, shape.tokens), np.int32)] if shape.tokens else [words]
         if name == "begin":
             return [np.zeros(1, np.int32), np.zeros(vocab, np.int32), np.zeros(vocab, np.float32)]
         if name == "allow":
             return [np.full(slots, none), np.zeros((slots, -(-vocab // 32)), np.uint32)]
+        if name in self._read:
+            return [np.zeros(size, np.int32), np.zeros(1, np.int32)]
         return [np.zeros(2, np.int32)] if name in ("load", "save") else []
 
-    def _do(self, name: str, shape: Shape, arrays: Arrays) -> Any:
+    def _do(self, name: str, size: int, arrays: Arrays) -> Any:
         given = [self._everywhere(x) for x in arrays]
         if name == "step":
-            self.state, output = self.programs[shape](self.leaves, self.state, *given)
+            self.state, output = self.programs[self.programs.shapes[size]](self.leaves, self.state, *given)
             return output
+        if name in self._read:
+            return self._read[name](self.leaves, *given)
         if name == "begin":
             self.state = self._begin(self.state, *given)
         elif name == "allow":

@@ -10,7 +10,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -180,6 +180,8 @@ class Engine:
         wrong = next((token for token, _ in sampling.logit_bias if not 0 <= token < vocab), None)
         if wrong is not None:
             raise UserError(f"logit_bias names the id {wrong}, but tokens run from 0 to {vocab - 1}")
+        if sampling.seed is None and sampling.temperature == 0:
+            sampling = replace(sampling, seed=0)
         if sampling.seed is None:
             if self.device.many and not self.device.led:
                 raise UserError("requests that several processes make need a seed, or these would draw different ones")

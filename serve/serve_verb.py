@@ -12,17 +12,21 @@ import signal
 import socket
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errors import UserError
 from serve.generate_verb import MODELS
+from serve.placement import Placement, add_placement, placed
+from sharding.hosts import find_hosts
 from terminal import Parser
 
 if TYPE_CHECKING:
-    from serve.api.app import Settings, Shared
+    from model.tokenizer import Tokenizer
+    from serve.api.app import Shared
     from serve.api.service import Service
-    from serve.feedback import Feedback
+    from serve.engine import Engine
 
 KEYS = "QMAX_API_KEYS"
 
@@ -40,26 +44,25 @@ def serve_main(argv: list[str]) -> int:
     for path in args.model:
         if not path.exists():
             raise UserError(f"{path} does not exist; give {MODELS}")
-    from serve.feedback import Feedback
-
-    feedback = None if args.feedback is None else Feedback(args.feedback)
-    listening = listen(args.host, args.port)
-    from sharding.runtime import configure_jax
-
-    configure_jax()
-    from serve.api.app import Settings
-
-    settings = Settings(keys, tuple(args.cors), args.max_body, args.timeout)
-    with listening:
-        return run(args, settings, listening, feedback)
+    hosts = find_hosts((args.coordinator, args.processes, args.process))
+    door = nullcontext() if hosts is not None and hosts.process else listen(args.host, args.port)
+    with door as listening, placed(args, hosts) as placement:
+        if placement.many and len(args.model) > 1:
+            raise UserError("several processes serve one model; start a server for each")
+        if placement.leads:
+            assert listening is not None
+            lead(args, placement, keys, listening)
+        else:
+            follow(args, placement)
+    return 0
 
 
 def _parser() -> Parser:
     parser = Parser(
         "serve",
         "Serves one or more models over HTTP as OpenAI and Anthropic do, with a chat page at /.\n"
-        "Endpoints: /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/models, /tokenize,\n"
-        "/detokenize, /health, /metrics.\n"
+        "Endpoints: /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/embeddings, /v1/models,\n"
+        "/tokenize, /detokenize, /health, /metrics.\n"
         f"MODEL is {MODELS}.",
         [
             "qmax serve runs/demo/sft",
@@ -99,6 +102,7 @@ def _parser() -> Parser:
         "--deterministic", action="store_true", help="the same bits whatever else is asked, more slowly"
     )
     parser.add_argument("--weights", choices=("same", "int8"), default="same", help="how matrices are kept")
+    add_placement(parser)
     return parser
 
 
@@ -155,12 +159,24 @@ def listen(host: str, port: int) -> socket.socket:
     return made
 
 
-def run(args: argparse.Namespace, settings: Settings, listening: socket.socket, feedback: Feedback | None) -> int:
+def follow(args: argparse.Namespace, placement: Placement) -> None:
+    """Works on what process 0 says until that has ended, which is told to stop in its place."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    engine, _ = load_engine(args, args.model[0], placement)
+    engine.device.programs.prepare()
+    engine.device.follow()
+
+
+def lead(args: argparse.Namespace, placement: Placement, keys: tuple[str, ...], listening: socket.socket) -> None:
     """Serves until it is told to stop."""
     import uvicorn
 
-    from serve.api.app import Shared, make_app, watch
+    from serve.api.app import Settings, Shared, make_app, watch
+    from serve.feedback import Feedback
 
+    feedback = None if args.feedback is None else Feedback(args.feedback)
+    settings = Settings(keys, tuple(args.cors), args.max_body, args.timeout)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     shared = Shared(settings, feedback=feedback)
@@ -169,7 +185,7 @@ def run(args: argparse.Namespace, settings: Settings, listening: socket.socket, 
     async def start(shared: Shared) -> None:
         loop = asyncio.get_running_loop()
         try:
-            loaded = await asyncio.to_thread(lambda: [load(args, path, shared, loop) for path in args.model])
+            loaded = await asyncio.to_thread(lambda: [load(args, path, placement, shared, loop) for path in args.model])
             shared.services = {service.name: service for service in loaded}
             shared.state = "ready"
             watch(shared.metrics, loaded)
@@ -201,33 +217,45 @@ def run(args: argparse.Namespace, settings: Settings, listening: socket.socket, 
     server.run(sockets=[listening])
     if failed:
         raise failed[0]
-    return 0
 
 
-def load(args: argparse.Namespace, path: Path, shared: Shared, loop: asyncio.AbstractEventLoop) -> Service:
-    """The service of a model, its first programs compiled."""
+def load_engine(args: argparse.Namespace, path: Path, placement: Placement) -> tuple[Engine, Tokenizer]:
+    """A model on its devices."""
     from model.load import load_model
+    from serve.engine import Engine
+    from sharding.mesh import make_mesh
+
+    model, tokenizer = load_model(path, placement.mesh)
+    engine = Engine(
+        model,
+        tokenizer,
+        mesh=make_mesh(placement.mesh) if placement.mesh.num_devices > 1 else None,
+        slots=args.slots,
+        context=args.context,
+        pages=args.pages,
+        deterministic=args.deterministic,
+        weight_type=args.weights,
+        led=True,
+    )
+    return engine, tokenizer
+
+
+def load(
+    args: argparse.Namespace, path: Path, placement: Placement, shared: Shared, loop: asyncio.AbstractEventLoop
+) -> Service:
+    """The service of a model, its first programs compiled."""
     from serve.api.runner import Runner
     from serve.api.service import Defaults, Service
-    from serve.engine import Engine
 
     began = time.monotonic()
 
     def tell(words: str) -> None:
         print(f"[{time.monotonic() - began:5.1f} s] {words}", file=sys.stderr, flush=True)
 
-    tell(f"reading {path}")
-    model, tokenizer = load_model(path)
-    engine = Engine(
-        model,
-        tokenizer,
-        slots=args.slots,
-        context=args.context,
-        pages=args.pages,
-        deterministic=args.deterministic,
-        weight_type=args.weights,
-    )
-    tell(f"{args.slots} slots, {engine.pages:,} pages of {engine.page} positions, {engine.context:,} for each request")
+    tell(f"reading {path}{placement.hint}")
+    engine, tokenizer = load_engine(args, path, placement)
+    slots = engine.limits.slots
+    tell(f"{slots} slots, {engine.pages:,} pages of {engine.page} positions, {engine.context:,} for each request")
     first = engine.device.programs.prepare(engine.device.programs.shapes[:2])
     for number, made in enumerate(first, 1):
         made.result()

@@ -8,6 +8,7 @@ in the next exchange of arrays.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import threading
@@ -193,6 +194,26 @@ class Peers:
         elif kind == "failed" and not self._failing:
             code, _, said = value.partition(" ")
             self._end(int(code), f"process {index} of {self.count} failed, and this run with it: {said}")
+
+
+def check_alike(asked: dict[str, Any]) -> None:
+    """Refuses a process that was started with another config than process 0: neither would get on."""
+    others = peers()
+    if others is None:
+        return
+
+    def flat(part: Any, path: str = "") -> dict[str, str]:
+        if not isinstance(part, dict):
+            return {path: json.dumps(part)}
+        return {k: v for name, value in part.items() for k, v in flat(value, f"{path}.{name}".strip(".")).items()}
+
+    mine, first = flat(asked), flat(json.loads(others.from_first("config", json.dumps(asked))))
+    for name in sorted(mine.keys() | first.keys()):
+        if mine.get(name) != first.get(name):
+            raise UserError(
+                f"process {others.index} was started with {name} = {mine.get(name)} and process 0 with "
+                f"{first.get(name)}; give all processes of a run the same command"
+            )
 
 
 @contextlib.contextmanager

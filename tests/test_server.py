@@ -5,15 +5,18 @@ The official client talks to it over a socket, and httpx where the client would 
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
 
+from model.forward import continuation, forward
 from model.tokenizer import Tokenizer
 from serve.api.app import Settings, Shared, make_app
 from serve.engine import Engine
@@ -82,6 +85,40 @@ def test_an_echo_has_the_log_probabilities_of_scoring(
     np.testing.assert_allclose(found[1:], np.asarray(scored[1:], dtype=np.float64), atol=1e-4)
     for logprob, top in zip(found[1:], tops[1:], strict=True):
         assert logprob in top.values() and len(top) in (2, 3)
+
+
+def test_embeddings_are_means_of_hidden_states(
+    raw: httpx.Client, client: openai.OpenAI, engine: Engine, tokenizer: Tokenizer
+) -> None:
+    texts = ["Once upon a time", "A bird " * 30]
+    reply = client.embeddings.create(model="tiny", input=texts, encoding_format="float")
+    for text, one in zip(texts, reply.data, strict=True):
+        row = jnp.asarray([tokenizer.encode(text)])
+        mean = np.asarray(forward(engine.model, continuation(row, jnp.zeros(1, jnp.int32))).hidden_BTD[0]).mean(0)
+        np.testing.assert_allclose(one.embedding, mean / np.linalg.norm(mean), atol=1e-5)
+    # What the client asks for if one does not say; its strict types do not allow for it.
+    asked = {"model": "tiny", "input": tokenizer.encode(texts[0]), "encoding_format": "base64"}
+    (packed,) = raw.post("/v1/embeddings", json=asked).json()["data"]
+    numbers = np.frombuffer(base64.b64decode(packed["embedding"]), "<f4")
+    np.testing.assert_array_equal(numbers, np.asarray(reply.data[0].embedding, np.float32))
+    assert reply.usage.total_tokens == sum(len(tokenizer.encode(text)) for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"input": ""}, "input holds an empty text"),
+        ({"input": []}, "input is empty"),
+        ({"input": ["a", ""]}, "input holds an empty text"),
+        ({"input": [10**6]}, "holds the id 1000000"),
+        ({"input": "a " * 3000}, "this model takes 2048"),
+        ({"input": "a", "dimensions": 3}, "dimensions=3"),
+        ({"input": "a", "encoding_format": "hex"}, "encoding_format"),
+    ],
+)
+def test_what_cannot_be_embedded(raw: httpx.Client, more: dict[str, Any], said: str) -> None:
+    answer = raw.post("/v1/embeddings", json={"model": "tiny", **more})
+    assert answer.status_code == 400 and said in answer.json()["error"]["message"]
 
 
 def test_echo_and_a_reply(client: openai.OpenAI) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from configs.override import apply_overrides, config_docstring, describe, find_config, load_config, to_dict
 from configs.run import Run
 from errors import UserError
 from sharding.hosts import OPTIONS, Hosts, find_hosts, join_hosts
-from sharding.peers import peers, together
+from sharding.peers import check_alike, together
 from sharding.runtime import configure_jax, emulate_devices
 from train.data.system import be_quiet
 
@@ -102,26 +100,6 @@ def is_first() -> bool:
     import jax
 
     return jax.process_index() == 0
-
-
-def check_alike(asked: dict[str, Any]) -> None:
-    """Refuses a process that was started with another config than process 0: neither would get on."""
-    others = peers()
-    if others is None:
-        return
-
-    def flat(part: Any, path: str = "") -> dict[str, str]:
-        if not isinstance(part, dict):
-            return {path: json.dumps(part)}
-        return {k: v for name, value in part.items() for k, v in flat(value, f"{path}.{name}".strip(".")).items()}
-
-    mine, first = flat(asked), flat(json.loads(others.from_first("config", json.dumps(asked))))
-    for name in sorted(mine.keys() | first.keys()):
-        if mine.get(name) != first.get(name):
-            raise UserError(
-                f"process {others.index} was started with {name} = {mine.get(name)} and process 0 with "
-                f"{first.get(name)}; give all processes of a run the same command"
-            )
 
 
 def train_run(run: Run, out: Path, *, resume: bool, hosts: Hosts | None = None) -> dict[str, object]:

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from errors import UserError, did_you_mean
 from serve.api import chat, completions
+from serve.api.embeddings import embed
 from serve.api.errors import ApiError, from_validation
 from serve.api.messages import add_messages
 from serve.api.metrics import Metrics
@@ -34,12 +35,13 @@ from serve.api.schemas import (
     CompletionBody,
     CountBody,
     DetokenizeBody,
+    EmbeddingBody,
     FeedbackBody,
     MessagesBody,
     ResponsesBody,
     TokenizeBody,
 )
-from serve.api.sending import Answer, send
+from serve.api.sending import Answer, send, unless_gone
 from serve.api.service import Service
 from serve.feedback import Feedback
 
@@ -237,6 +239,7 @@ FIELDS = {
     "/v1/responses": ResponsesBody.model_fields,
     "/v1/messages": MessagesBody.model_fields,
     "/v1/messages/count_tokens": CountBody.model_fields,
+    "/v1/embeddings": EmbeddingBody.model_fields,
     "/tokenize": TokenizeBody.model_fields,
     "/detokenize": DetokenizeBody.model_fields,
     "/v1/feedback": FeedbackBody.model_fields,
@@ -293,7 +296,11 @@ def add_generation(app: FastAPI, shared: Shared) -> None:
 
 
 def add_tokens(app: FastAPI, shared: Shared) -> None:
-    """Text to tokens and back."""
+    """Text to tokens and back, and to embeddings."""
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request, body: EmbeddingBody) -> dict[str, Any]:
+        return await unless_gone(request, embed(shared.model(body.model), body), shared.settings.timeout)
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:

@@ -18,14 +18,16 @@ from serve.request import Request, TopTokens
 from serve.text import ReplyText
 
 
-async def prompts_of(service: Service, body: CompletionBody) -> list[list[int]]:
-    """The prompts of a body as tokens."""
-    given: Any = body.prompt
+def prompts_of(service: Service, given: Any, where: str) -> list[list[int]]:
+    """Texts, or lists of tokens, one or several, as tokens. ApiError 400 where there is none."""
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
     if not given:
-        raise ApiError(400, "prompt is empty; give at least one", param="prompt", code="invalid_value")
-    found = [service.tokenizer.encode(one, specials=True) if isinstance(one, str) else list(one) for one in given]
+        raise ApiError(400, f"{where} is empty; give at least one", param=where, code="invalid_value")
+    try:
+        found = [service.tokenizer.encode(one, specials=True) if isinstance(one, str) else list(one) for one in given]
+    except UserError as error:
+        raise ApiError(400, str(error), param=where, code="invalid_value") from error
     # A model of documents begins where none has begun: at the end of the one before.
     return [tokens or [service.tokenizer.document_end_id] for tokens in found]
 
@@ -64,7 +66,7 @@ class Completions:
         for number, prompt in enumerate(self.prompts):
             scored: tuple[list[float | None], list[TopTokens | None]] | None = None
             if self.body.logprobs is not None:
-                scored = await asyncio.to_thread(self.service.scorer, prompt, self.body.logprobs)
+                scored = await asyncio.to_thread(self.service.prompts.logprobs, prompt, self.body.logprobs)
             for choice in self.choices[number * n : (number + 1) * n]:
                 choice.echo(prompt, scored)
 
@@ -125,8 +127,4 @@ class Completions:
 
 async def make(service: Service, body: CompletionBody) -> Completions:
     """The replies to a body, not started yet. ApiError for one that cannot be answered."""
-    try:
-        prompts = await prompts_of(service, body)
-    except UserError as error:
-        raise ApiError(400, str(error), param="prompt", code="invalid_value") from error
-    return Completions(service, body, prompts)
+    return Completions(service, body, prompts_of(service, body.prompt, "prompt"))

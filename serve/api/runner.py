@@ -14,6 +14,9 @@ from serve.request import Request, TopTokens
 
 log = logging.getLogger("qmax.serve")
 
+IDLE_SECONDS = 1.0
+"""Other processes wait for word no longer than this."""
+
 
 @dataclass(frozen=True)
 class Event:
@@ -124,7 +127,7 @@ class Runner:
 
     def _run(self) -> None:
         while not self._stopping:
-            self._wake.wait()
+            self._wake.wait(IDLE_SECONDS if self.engine.device.led else None)
             self._wake.clear()
             try:
                 while not self._stopping and self.engine.step():
@@ -135,6 +138,7 @@ class Runner:
                 self.failed = error
                 self._loop.call_soon_threadsafe(self._fail)
                 return
+        self.engine.device.stop()
 
     def _tell(self) -> None:
         if self._heard:

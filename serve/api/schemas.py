@@ -241,6 +241,16 @@ class MessagesBody(CountBody, Drawing):
     service_tier: Literal["auto", "standard_only"] | None = None
 
 
+class EmbeddingBody(Body):
+    """POST /v1/embeddings."""
+
+    model: str
+    input: str | list[str] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    user: str | None = None
+
+
 class FeedbackBody(Body):
     """POST /v1/feedback: what a person says of a reply, who has agreed that it is kept."""
 

@@ -18,7 +18,7 @@ from serve.api.schemas import Drawing, StructuredOutputs
 from serve.constraints import Grammars, Thinking
 from serve.engine import Engine
 from serve.parsing import END_THINK, THINK
-from serve.prompt_logprobs import PromptScorer
+from serve.prompts import Prompts
 from serve.request import Constraint, Request
 from serve.sampling_params import MAX_SEED, MAX_STOP_IDS, SamplingParams
 
@@ -63,7 +63,7 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        self.scorer = PromptScorer(self.engine)
+        self.prompts = Prompts(self.engine.device)
         self.grammars = Grammars(self.tokenizer, self.stop_ids)
 
     @property
