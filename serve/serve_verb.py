@@ -61,9 +61,9 @@ def serve_main(argv: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         "serve",
-        "Serves one or more models over HTTP as OpenAI does, with a chat page at /.\n"
-        "Endpoints: /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/models, /tokenize, /detokenize,\n"
-        "/health, /metrics.\n"
+        "Serves one or more models over HTTP as OpenAI and Anthropic do, with a chat page at /.\n"
+        "Endpoints: /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/embeddings, /v1/models,\n"
+        "/tokenize, /detokenize, /health, /metrics.\n"
         f"MODEL is {MODELS}.",
         [
             "qmax serve runs/demo/sft",

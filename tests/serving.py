@@ -24,6 +24,20 @@ from serve.engine import Engine
 
 ROOT = Path(__file__).resolve().parent.parent
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Rome", "Paris"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+CHAT_TOOLS = [{"type": "function", "function": {"name": "time", "parameters": SCHEMA}}]
+REPLY = (
+    "<think>\nWhere is it?\n</think>\n\nI shall look. <tool_call>\n"
+    '{"name": "time", "arguments": {"city": "Rome", "high": "\\ud800"}}\n</tool_call>\n'
+    '<tool_call>{"name": "time", "arguments": {}}</tool_call> So be it.'
+)
+"""All that a model may write; half a surrogate pair, which no UTF-8 can hold, among it."""
+
 
 @dataclass
 class Served(Shared):
@@ -69,3 +83,13 @@ def serving(shared: Served, engine: Engine | None = None, queue: int = 64) -> It
     finally:
         server.should_exit = True
         thread.join()
+
+
+def idle(engine: Engine) -> bool:
+    """Whether all has been given back, soon."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if not engine.scheduler.busy and engine.scheduler.pools[0].held == 0:
+            return True
+        time.sleep(0.01)
+    return False

@@ -7,32 +7,45 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from errors import UserError, did_you_mean
 from serve.api import chat, completions
 from serve.api.embeddings import embed
 from serve.api.errors import ApiError, from_validation
+from serve.api.messages import add_messages
 from serve.api.metrics import Metrics
 from serve.api.page import add_page
+from serve.api.response_store import ResponseStore
+from serve.api.responses import add_responses
 from serve.api.runner import Runner
-from serve.api.schemas import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, FeedbackBody, TokenizeBody
+from serve.api.schemas import (
+    ChatBody,
+    CompletionBody,
+    CountBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    FeedbackBody,
+    MessagesBody,
+    ResponsesBody,
+    TokenizeBody,
+)
+from serve.api.sending import Answer, send, unless_gone
 from serve.api.service import Service
 from serve.feedback import Feedback
 
 log = logging.getLogger("qmax.serve")
-T = TypeVar("T")
 
 PUBLIC = ("/", "/health", "/ui")
 """Paths that need no key, with what is below them for the last."""
@@ -54,12 +67,14 @@ class Settings:
 
 @dataclass
 class Shared:
-    """What is there while the server runs. services: the models by name, once they are loaded. feedback: where kept."""
+    """What is there while the server runs. services: the models by name, once they are loaded. feedback: where kept.
+    responses: past ones, to go on from."""
 
     settings: Settings
     metrics: Metrics = field(default_factory=Metrics)
     services: dict[str, Service] = field(default_factory=dict)
     feedback: Feedback | None = None
+    responses: ResponseStore = field(default_factory=ResponseStore)
     state: str = "loading"
     failure: str = ""
 
@@ -108,7 +123,7 @@ class Gate:
             self._check(scope, headers)
             await self._app(scope, await self._read(receive), noted)
         except ApiError as error:
-            await error.response(scope, receive, noted)
+            await error.response(path)(scope, receive, noted)
         finally:
             known = path if path in KNOWN else "other"
             self._shared.metrics.requests.labels(known, str(status)).inc()
@@ -156,43 +171,6 @@ class Gate:
             )
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T], timeout: float) -> T:
-    """The result of `work`; it is cancelled when the client goes, or after `timeout` seconds."""
-    task = asyncio.ensure_future(work)
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    watcher = asyncio.ensure_future(watch())
-    try:
-        await asyncio.wait({task, watcher}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        if watcher.done():
-            raise ApiError(499, "the client has gone")
-        raise ApiError(408, f"the request took more than {timeout:g} seconds", code="timeout")
-    finally:
-        for one in (task, watcher):
-            one.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
-
-
-async def events(pieces: AsyncIterator[dict[str, Any]], timeout: float) -> AsyncIterator[str]:
-    """Server-sent events; an error after the first is the last event but one."""
-    try:
-        async with asyncio.timeout(timeout):
-            async for piece in pieces:
-                # Some clients take U+2028 and its like for the end of a line: everything beyond ASCII is escaped.
-                yield f"data: {json.dumps(piece, separators=(',', ':'))}\n\n"
-    except ApiError as error:
-        yield f"data: {json.dumps(error.body)}\n\n"
-    except TimeoutError:
-        error = ApiError(408, f"the request took more than {timeout:g} seconds", code="timeout")
-        yield f"data: {json.dumps(error.body)}\n\n"
-    yield "data: [DONE]\n\n"
-
-
 def make_app(shared: Shared, start: Callable[[Shared], Awaitable[None]] | None = None) -> FastAPI:
     """The application.
 
@@ -214,6 +192,8 @@ def make_app(shared: Shared, start: Callable[[Shared], Awaitable[None]] | None =
     add_errors(app)
     add_models(app, shared)
     add_generation(app, shared)
+    add_responses(app, shared)
+    add_messages(app, shared)
     add_tokens(app, shared)
     add_page(app, shared)
     if shared.settings.origins:
@@ -225,39 +205,40 @@ def make_app(shared: Shared, start: Callable[[Shared], Awaitable[None]] | None =
 
 
 def add_errors(app: FastAPI) -> None:
-    """Everything that goes wrong has OpenAI's body."""
+    """Everything that goes wrong has the body that the protocol of its path wants."""
 
     @app.exception_handler(ApiError)
-    async def refused(_: Request, error: ApiError) -> Response:
-        return error.response
+    async def refused(request: Request, error: ApiError) -> Response:
+        return error.response(request.url.path)
 
     @app.exception_handler(UserError)
-    async def mistaken(_: Request, error: UserError) -> Response:
-        return ApiError(400, str(error)).response
+    async def mistaken(request: Request, error: UserError) -> Response:
+        return ApiError(400, str(error)).response(request.url.path)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
-        return from_validation(error, FIELDS.get(request.url.path, {})).response
+        path = request.url.path
+        return from_validation(error.errors(), FIELDS.get(path, {})).response(path)
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
-        words = {
-            404: f"there is nothing at {request.url.path}",
-            405: f"{request.url.path} does not take {request.method}",
-        }
-        return ApiError(
-            error.status_code, words.get(error.status_code, str(error.detail)), headers=error.headers
-        ).response
+        path = request.url.path
+        words = {404: f"there is nothing at {path}", 405: f"{path} does not take {request.method}"}
+        said = words.get(error.status_code, str(error.detail))
+        return ApiError(error.status_code, said, headers=error.headers).response(path)
 
     @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> Response:
+    async def failed(request: Request, error: Exception) -> Response:
         log.error("a request failed", exc_info=error)
-        return ApiError(500, "the server failed; its log says why").response
+        return ApiError(500, "the server failed; its log says why").response(request.url.path)
 
 
 FIELDS = {
     "/v1/completions": CompletionBody.model_fields,
     "/v1/chat/completions": ChatBody.model_fields,
+    "/v1/responses": ResponsesBody.model_fields,
+    "/v1/messages": MessagesBody.model_fields,
+    "/v1/messages/count_tokens": CountBody.model_fields,
     "/v1/embeddings": EmbeddingBody.model_fields,
     "/tokenize": TokenizeBody.model_fields,
     "/detokenize": DetokenizeBody.model_fields,
@@ -300,20 +281,10 @@ def add_models(app: FastAPI, shared: Shared) -> None:
 
 
 def add_generation(app: FastAPI, shared: Shared) -> None:
-    """Completions and chats."""
+    """Completions and chats, in each of the forms that clients speak."""
 
-    async def answer(request: Request, made: Any, stream: bool | None) -> Response:
-        timeout = shared.settings.timeout
-        if not stream:
-            return JSONResponse(await unless_gone(request, made.whole(), timeout))
-        # What cannot be queued is refused with its status, before anything is sent.
-        made.service.runner.check_room(len(made.requests))
-        pieces = made.stream()
-        return StreamingResponse(
-            events(pieces, timeout),
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-        )
+    async def answer(request: Request, made: Answer, stream: bool | None) -> Response:
+        return await send(request, made, shared.settings.timeout, stream=bool(stream))
 
     @app.post("/v1/completions")
     async def complete(request: Request, body: CompletionBody) -> Response:

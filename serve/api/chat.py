@@ -7,16 +7,14 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 from uuid import uuid4
 
-from errors import UserError, did_you_mean
+from errors import did_you_mean
+from serve.api.dialogue import ANY_OBJECT, Dialogue, Params, Turn, chosen
 from serve.api.errors import ApiError
-from serve.api.replies import Choice, Collector, usage
-from serve.api.runner import Listener
+from serve.api.replies import Choice, usage
 from serve.api.schemas import ChatBody, StructuredOutputs
 from serve.api.service import Service
-from serve.parsing import END_THINK, THINK, Piece, ReplyParser
-from serve.request import Constraint
+from serve.parsing import Piece
 
-ANY_OBJECT = {"type": "object"}
 TEMPLATE_OPTIONS = ("enable_thinking",)
 
 
@@ -49,22 +47,13 @@ def functions_of(body: ChatBody) -> list[dict[str, Any]]:
     return found
 
 
-def chosen_functions(body: ChatBody, functions: Sequence[dict[str, Any]]) -> list[dict[str, Any]] | None:
+def forced_functions(body: ChatBody, functions: Sequence[dict[str, Any]]) -> list[dict[str, Any]] | None:
     """The functions of which one must be called; None where the model decides."""
     choice = body.tool_choice
-    if choice in (None, "auto", "none"):
-        return None
-    if not functions:
-        raise ApiError(400, "tool_choice asks for a call, but there are no tools", param="tool_choice")
-    if choice == "required":
-        return list(functions)
-    named = choice.get("function") if isinstance(choice, dict) else None
-    name = named.get("name") if isinstance(named, dict) else None
-    found = [function for function in functions if function["name"] == name]
-    if not found:
-        hint = did_you_mean(str(name), [function["name"] for function in functions])
-        raise ApiError(400, f"tool_choice names {name!r}, which is none of the tools{hint}", param="tool_choice")
-    return found
+    if not isinstance(choice, dict):
+        return chosen(functions, choice or "auto")
+    named = choice.get("function")
+    return chosen(functions, "named", named.get("name") if isinstance(named, dict) else None)
 
 
 def continued(body: ChatBody) -> tuple[list[dict[str, Any]], str | None]:
@@ -81,74 +70,53 @@ def continued(body: ChatBody) -> tuple[list[dict[str, Any]], str | None]:
     return messages[:-1], last["content"]
 
 
-class Chat:
-    """The replies to one body, not started yet; make it with `make`."""
+def wanted_of(body: ChatBody) -> tuple[StructuredOutputs | None, Params]:
+    """What the words must look like, and which parameter says so."""
+    format_ = body.response_format
+    if format_ is None or format_.type == "text":
+        return body.structured_outputs, Params()
+    if body.structured_outputs is not None:
+        raise ApiError(400, "response_format and structured_outputs exclude each other", param="response_format")
+    schema: dict[str, Any] = ANY_OBJECT
+    if format_.type == "json_schema":
+        if format_.json_schema is None or format_.json_schema.schema_ is None:
+            raise ApiError(400, "response_format.json_schema.schema is missing", param="response_format")
+        schema = format_.json_schema.schema_
+    return StructuredOutputs(json=schema), Params(wanted="response_format")
 
-    def __init__(self, service: Service, body: ChatBody, prompt: list[int], functions: list[dict[str, Any]]):
-        self.service, self.body, self.prompt = service, body, prompt
+
+def turn_of(body: ChatBody) -> Turn:
+    """What a body asks of the model; ApiError for what makes no sense."""
+    functions = functions_of(body)
+    messages, beginning = continued(body)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs", code="invalid_value")
+    wanted, params = wanted_of(body)
+    return Turn(
+        messages,
+        body,
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        stops=body.stops,
+        n=body.n or 1,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        tools=body.tools or [] if body.tool_choice != "none" else [],
+        forced=forced_functions(body, functions),
+        parallel=body.parallel_tool_calls is not False,
+        wanted=wanted,
+        thinking=wants_thinking(body),
+        budget=body.thinking_budget,
+        beginning=beginning,
+        params=params,
+    )
+
+
+class Chat(Dialogue):
+    """The replies to one body, as OpenAI's clients read them; make it with `make`."""
+
+    def __init__(self, service: Service, turn: Turn, prompt: list[int], body: ChatBody):
+        super().__init__(service, turn, prompt)
+        self.body = body
         self.id, self.created = f"chatcmpl-{uuid4().hex}", int(time.time())
-        self._called = body.tool_choice if body.tool_choice != "none" else None
-        self.tools = body.tools or [] if body.tool_choice != "none" else []
-        end = service.tokenizer.token_id(END_THINK)
-        marks = [token for token in prompt if token in (service.tokenizer.token_id(THINK), end)]
-        self.thinks = end is not None
-        self._within = self.thinks and bool(marks) and marks[-1] != end
-        top = body.top_logprobs if body.logprobs else None
-        if body.top_logprobs is not None and not body.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs", code="invalid_value")
-        limit = body.max_completion_tokens or body.max_tokens
-        params = service.sampling(body, limit, top)
-        self.forced = chosen_functions(body, functions)
-        self.requests = [
-            service.request(prompt, one, self._constraint(), body.priority) for one in params.variants(body.n or 1)
-        ]
-        asked = (top or 0) if body.logprobs else None
-        self.choices = [
-            Choice(index, service.text(prompt, body, context=False), service.tokenizer, asked)
-            for index in range(len(self.requests))
-        ]
-        self.parsers = [
-            ReplyParser(thinking=self._within, thoughts=self.thinks, tools=self.tools) for _ in self.requests
-        ]
-        self._calls = [0] * len(self.requests)
-
-    def _constraint(self) -> Constraint | None:
-        """What each reply must look like."""
-        body, wanted = self.body, self.body.structured_outputs
-        format_ = body.response_format
-        if format_ is not None and format_.type != "text":
-            if wanted is not None:
-                raise ApiError(
-                    400, "response_format and structured_outputs exclude each other", param="response_format"
-                )
-            schema: dict[str, Any] = ANY_OBJECT
-            if format_.type == "json_schema":
-                if format_.json_schema is None or format_.json_schema.schema_ is None:
-                    raise ApiError(400, "response_format.json_schema.schema is missing", param="response_format")
-                schema = format_.json_schema.schema_
-            wanted = StructuredOutputs(json=schema)
-        after = self.service.constraint(wanted)
-        if self.forced is not None:
-            if wanted is not None:
-                raise ApiError(400, "tool_choice and response_format exclude each other", param="tool_choice")
-            try:
-                after = self.service.grammars.calls(self.forced, parallel=body.parallel_tool_calls is not False)
-            except UserError as error:
-                raise ApiError(400, str(error), param="tools", code="invalid_value") from error
-        if self._closed or not wants_thinking(body):
-            return after
-        return self.service.after_thought(after, body.thinking_budget, within=self._within)
-
-    @property
-    def _closed(self) -> bool:
-        """Whether the prompt ends with a thought that is over: an empty one, or one in what is continued."""
-        end = self.service.tokenizer.token_id(END_THINK)
-        last = [token for token in self.prompt[-8:] if token == end]
-        return bool(last)
-
-    def start(self) -> Listener:
-        """Sends the requests to the engine."""
-        return self.service.runner.submit(self.requests)
 
     def response(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """A response, or a piece of one."""
@@ -161,29 +129,13 @@ class Chat:
 
     def finish_reason(self, choice: Choice) -> str | None:
         """How a reply ended: with calls, unless one function was asked for by name."""
-        if choice.finished == "stop" and self._calls[choice.index] and not isinstance(self._called, dict):
+        if choice.finished == "stop" and self.calls[choice.index] and not isinstance(self.body.tool_choice, dict):
             return "tool_calls"
         return choice.finished
 
-    def parse(self, choice: Choice, text: str) -> list[Piece]:
-        """What some more text of a reply says."""
-        parser = self.parsers[choice.index]
-        found = parser.push(text)
-        if choice.finished:
-            found += parser.finish()
-        if self.body.parallel_tool_calls is False:
-            found = [piece for piece in found if piece.kind != "call" or self._first(choice)]
-        else:
-            self._calls[choice.index] += sum(piece.kind == "call" for piece in found)
-        return found
-
-    def _first(self, choice: Choice) -> bool:
-        self._calls[choice.index] += 1
-        return self._calls[choice.index] == 1
-
     async def whole(self) -> dict[str, Any]:
         """The response at once."""
-        await Collector(self.service, self.start(), self.choices).run()
+        await self.collect()
         found = []
         for choice in self.choices:
             message = message_of(self.parse(choice, choice.written))
@@ -211,8 +163,8 @@ class Chat:
         for choice in self.choices:
             yield chunk(choice, {"role": "assistant", "content": ""})
         called = [0] * len(self.choices)
-        async for choice, text in Collector(self.service, self.start(), self.choices).pieces():
-            for piece in self.parse(choice, text):
+        async for choice, pieces in self.pieces():
+            for piece in pieces:
                 delta = delta_of(piece, called[choice.index])
                 called[choice.index] += piece.kind == "call"
                 yield chunk(choice, delta)
@@ -253,11 +205,5 @@ def message_of(pieces: Sequence[Piece]) -> dict[str, Any]:
 
 async def make(service: Service, body: ChatBody) -> Chat:
     """The replies to a body, not started yet. ApiError for one that cannot be answered."""
-    functions = functions_of(body)
-    messages, beginning = continued(body)
-    thinking = wants_thinking(body) and beginning is None
-    tools = body.tools if body.tool_choice != "none" else None
-    prompt = await service.encode_chat(messages, tools=tools, add_generation_prompt=True, enable_thinking=thinking)
-    if beginning is not None:
-        prompt += service.tokenizer.encode(beginning)
-    return Chat(service, body, prompt, functions)
+    turn = turn_of(body)
+    return Chat(service, turn, await turn.prompt(service), body)

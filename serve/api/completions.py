@@ -15,6 +15,7 @@ from serve.api.runner import Listener
 from serve.api.schemas import CompletionBody
 from serve.api.service import Service
 from serve.request import Request, TopTokens
+from serve.text import ReplyText
 
 
 def prompts_of(service: Service, given: Any, where: str) -> list[list[int]]:
@@ -34,6 +35,8 @@ def prompts_of(service: Service, given: Any, where: str) -> list[list[int]]:
 class Completions:
     """The replies to one body."""
 
+    named_events = False
+
     def __init__(self, service: Service, body: CompletionBody, prompts: list[list[int]]):
         self.service, self.body, self.prompts = service, body, prompts
         self.id, self.created = f"cmpl-{uuid4().hex}", int(time.time())
@@ -47,7 +50,7 @@ class Completions:
             for one in params.variants(n):
                 constraint = service.constraint(body.structured_outputs)
                 self.requests.append(service.request(prompt, one, constraint, body.priority))
-                text = service.text(prompt, body, context=True)
+                text = ReplyText(service.tokenizer, prompt, body.stops)
                 self.choices.append(
                     Choice(len(self.choices), text, service.tokenizer, body.logprobs if asked else None)
                 )
@@ -72,6 +75,10 @@ class Completions:
         """A response, or a piece of one."""
         head = {"id": self.id, "object": "text_completion", "created": self.created, "model": self.service.name}
         return {**head, "choices": choices, **more}
+
+    def failure(self, error: ApiError) -> dict[str, Any]:
+        """What a stream ends with when something goes wrong."""
+        return error.body
 
     def usage(self) -> dict[str, Any]:
         """Tokens read and generated."""

@@ -1,11 +1,12 @@
-"""Errors as OpenAI's clients read them."""
+"""Errors as OpenAI's clients read them, and as Anthropic's do at its own paths."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
-from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.responses import JSONResponse
 
 from errors import did_you_mean
@@ -22,6 +23,28 @@ KINDS = {
     500: "server_error",
     503: "service_unavailable_error",
 }
+
+ANTHROPIC = "/v1/messages"
+"""Where Anthropic's protocol is spoken, with what is below."""
+
+ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class AsciiJson(JSONResponse):
+    """JSON in ASCII: half a surrogate pair, which no UTF-8 can hold, may be in what somebody sent or a model wrote."""
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return json.dumps(content, separators=(",", ":")).encode()
 
 
 class ApiError(Exception):
@@ -47,20 +70,49 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
-    def response(self) -> JSONResponse:
-        """The response."""
-        return JSONResponse(self.body, self.status, headers=self.headers)
+    def anthropic_body(self) -> dict[str, Any]:
+        """The body of the response to one of Anthropic's clients; it has no place for the parameter but the words."""
+        kind = ANTHROPIC_KINDS.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        named = self.param is None or self.param in self.message
+        message = self.message if named else f"{self.param}: {self.message}"
+        return {"type": "error", "error": {"type": kind, "message": message}}
+
+    def response(self, path: str) -> JSONResponse:
+        """The response to a request for this path."""
+        body = self.anthropic_body if path == ANTHROPIC or path.startswith(f"{ANTHROPIC}/") else self.body
+        return AsciiJson(body, self.status, headers=self.headers)
 
 
-def from_validation(error: RequestValidationError, known: Mapping[str, Any]) -> ApiError:
-    """The first thing that is wrong with a body, in a sentence; `known` are the fields of the request."""
-    first = error.errors()[0]
-    where = [str(part) for part in first.get("loc", ()) if part != "body"]
-    name = ".".join(part for part in where if not part.startswith(("function-", "list[", "str", "tuple[")))
+def read(kind: type[M], value: Any, where: str) -> M:
+    """A part of a body; ApiError that names what is wrong with it, below `where`."""
+    if isinstance(value, Mapping):  # clients send what they have got, with the fields that had nothing in them
+        value = {name: one for name, one in value.items() if one is not None}
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise from_validation(error.errors(), kind.model_fields, where) from error
+
+
+def from_validation(errors: Sequence[Mapping[str, Any]], known: Mapping[str, Any], at: str = "") -> ApiError:
+    """The first thing that is wrong with a body, in a sentence.
+
+    Args:
+        errors: as pydantic lists them. known: the fields that there are. at: which part of the request it is.
+    """
+
+    def place(error: Mapping[str, Any]) -> list[str]:
+        return [str(part) for part in error.get("loc", ()) if part != "body"]
+
+    # Of what may be a text or a list the list is meant where something within it is wrong.
+    alike = [error for error in errors if place(error)[:1] == place(errors[0])[:1]]
+    first = max(alike, key=lambda error: len(place(error)))
+    where = place(first)
+    path = [part for part in where if not part.startswith(("function-", "list[", "str", "tuple["))]
+    name = ".".join([at, *path] if at else path)
     if first.get("type") == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first.get('msg', ''))}")
     if first.get("type") == "extra_forbidden":
-        hint = did_you_mean(name, known) if len(where) == 1 else ""
+        hint = did_you_mean(where[0], known) if len(where) == 1 else ""
         return ApiError(
             400, f"{name} is not a parameter that this server knows{hint}", param=name, code="unknown_parameter"
         )

@@ -52,6 +52,11 @@ class Choice:
         self.written += text
         return text
 
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended it, if one did."""
+        return self._text.stopped_by
+
     def echo(self, prompt: Sequence[int], scored: tuple[list[float | None], list[TopTokens | None]] | None) -> None:
         """Puts a prompt in front."""
         self.written = self._tokenizer.decode(prompt) + self.written

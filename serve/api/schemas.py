@@ -57,8 +57,8 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)] | Annotated[str, Field(min_length=1)]
 
 
-class Sampling(Body):
-    """How replies are drawn; None takes the model's own default."""
+class Drawing(Body):
+    """How replies are drawn, whatever protocol asks; None takes the model's own default."""
 
     model: str
     temperature: Temperature | None = None
@@ -70,16 +70,26 @@ class Sampling(Body):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Field(ge=-MAX_SEED, lt=MAX_SEED)] | None = None
-    stop: Stop | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=4)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool = False
     stream: bool | None = None
+    priority: int = 0
+
+
+class Sampling(Drawing):
+    """What completions and chats have in common."""
+
+    stop: Stop | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
-    priority: int = 0
     user: str | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
 class CompletionBody(Sampling):
@@ -112,6 +122,123 @@ class ChatBody(Sampling):
     store: Literal[False] | None = None
     metadata: dict[str, str] | None = None
     service_tier: Literal["auto", "default"] | None = None
+
+
+class FlatFormat(Body):
+    """Text, any JSON object, or JSON that fits a schema, as /v1/responses has them."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextOptions(Body):
+    """What the words of a response look like."""
+
+    format: FlatFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class Reasoning(Body):
+    """Whether a response begins with a thought."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: None = None
+
+
+class ResponseStreamOptions(Body):
+    """What a stream of /v1/responses has beside the reply."""
+
+    include_obfuscation: Literal[False] = False
+
+
+class ResponsesBody(Drawing):
+    """POST /v1/responses. Items of `input` and `tools` are looked at by serve/api/response_items.py."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    include: list[Literal["message.output_text.logprobs"]] | None = None
+    text: TextOptions | None = None
+    reasoning: Reasoning | None = None
+    thinking_budget: Annotated[int, Field(ge=0)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    truncation: Literal["disabled"] | None = None
+    background: Literal[False] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class ThinkingOptions(Body):
+    """Whether a message begins with a thought, and of how many tokens at most."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Annotated[int, Field(ge=1)] | None = None
+
+
+class JsonOutput(Body):
+    """JSON that fits a schema, as /v1/messages has it."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Body):
+    """What the words of a message look like."""
+
+    format: JsonOutput | None = None
+
+
+class ToolChoice(Body):
+    """Whether tools are called, as /v1/messages has it."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool = False
+
+
+class MessageMetadata(Body):
+    """Who asks; nothing is made of it."""
+
+    user_id: str | None = None
+
+
+class CountBody(Body):
+    """POST /v1/messages/count_tokens. Blocks and `tools` are looked at by serve/api/message_blocks.py."""
+
+    model: str
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    system: str | list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: ThinkingOptions | None = None
+    output_config: OutputConfig | None = None
+    cache_control: dict[str, Any] | None = None
+
+
+class MessagesBody(CountBody, Drawing):
+    """POST /v1/messages."""
+
+    max_tokens: Annotated[int, Field(ge=1)]
+    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
+    stop_sequences: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)] | None = None
+    metadata: MessageMetadata | None = None
+    service_tier: Literal["auto", "standard_only"] | None = None
 
 
 class EmbeddingBody(Body):

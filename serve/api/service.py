@@ -14,14 +14,13 @@ from model.tokenizer import Tokenizer
 from serve.api.errors import ApiError
 from serve.api.metrics import Metrics
 from serve.api.runner import Runner
-from serve.api.schemas import Sampling, StructuredOutputs
+from serve.api.schemas import Drawing, StructuredOutputs
 from serve.constraints import Grammars, Thinking
 from serve.engine import Engine
 from serve.parsing import END_THINK, THINK
 from serve.prompts import Prompts
 from serve.request import Constraint, Request
 from serve.sampling_params import MAX_SEED, MAX_STOP_IDS, SamplingParams
-from serve.text import ReplyText
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Service:
         found = dict.fromkeys((*self.tokenizer.stop_ids, *self.defaults.stop_ids))
         return tuple(one for one in found if one < self.tokenizer.vocab_size)[:MAX_STOP_IDS]
 
-    def sampling(self, body: Sampling, max_tokens: int | None, top_logprobs: int | None) -> SamplingParams:
+    def sampling(self, body: Drawing, max_tokens: int | None, top_logprobs: int | None) -> SamplingParams:
         """How a body asks for its replies to be drawn; ApiError 400 where it cannot be."""
 
         def given(value: Any, default: Any) -> Any:
@@ -122,12 +121,12 @@ class Service:
             code = "context_length_exceeded" if "positions" in str(error) else "invalid_value"
             raise ApiError(400, str(error), code=code) from error
 
-    def constraint(self, wanted: StructuredOutputs | None) -> Constraint | None:
-        """What a reply must look like; ApiError 400 if it makes no sense."""
+    def constraint(self, wanted: StructuredOutputs | None, param: str = "structured_outputs") -> Constraint | None:
+        """What a reply must look like; ApiError 400, about `param`, if it makes no sense."""
         try:
             return None if wanted is None else self.grammars.make(wanted.json_schema, wanted.regex, wanted.choice)
         except UserError as error:
-            raise ApiError(400, str(error), param="structured_outputs", code="invalid_value") from error
+            raise ApiError(400, str(error), param=param, code="invalid_value") from error
 
     def after_thought(self, after: Constraint | None, budget: int | None, *, within: bool) -> Constraint | None:
         """`after` for what follows a thought of at most `budget` tokens, if the reply has one."""
@@ -136,14 +135,9 @@ class Service:
             return after
         return Thinking(self.tokenizer.vocab_size, (begin, end), budget, after, within=within)
 
-    def text(self, prompt: Sequence[int], body: Sampling, *, context: bool) -> ReplyText:
-        """The text of one reply; with `context` its first token may complete the prompt's last character."""
-        stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        return ReplyText(self.tokenizer, prompt if context else (), stop)
-
-    async def encode_chat(self, *args: Any, **kwargs: Any) -> list[int]:
-        """The tokens of a conversation; ApiError 400 for one that is malformed."""
+    async def encode_chat(self, *args: Any, param: str = "messages", **kwargs: Any) -> list[int]:
+        """The tokens of a conversation; ApiError 400, about `param`, for one that is malformed."""
         try:
             return await asyncio.to_thread(self.tokenizer.encode_chat, *args, **kwargs)
         except UserError as error:
-            raise ApiError(400, str(error), param="messages", code="invalid_value") from error
+            raise ApiError(400, str(error), param=param, code="invalid_value") from error
