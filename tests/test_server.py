@@ -368,6 +368,8 @@ def test_tokens_of_text_and_back(raw: httpx.Client, tokenizer: Tokenizer) -> Non
     found = raw.post("/tokenize", json={"prompt": "Hello world"}).json()
     assert found["tokens"] == tokenizer.encode("Hello world") and found["count"] == len(found["tokens"])
     assert raw.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "Hello world"}
+    beyond = raw.post("/detokenize", json={"tokens": [*found["tokens"], tokenizer.vocab_size]})
+    assert beyond.status_code == 400 and beyond.json()["error"]["param"] == "tokens"
     chat = raw.post("/tokenize", json={"messages": ASK}).json()["tokens"]
     assert chat == tokenizer.encode_chat(ASK, add_generation_prompt=True)
 

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from errors import UserError, did_you_mean
 from serve.api import chat, completions
+from serve.api.documents import document
 from serve.api.errors import ApiError, from_validation
 from serve.api.metrics import Metrics
 from serve.api.page import add_page
@@ -215,6 +216,7 @@ def make_app(shared: Shared, start: Callable[[Shared], Awaitable[None]] | None =
     add_generation(app, shared)
     add_tokens(app, shared)
     add_page(app, shared)
+    document(app, PUBLIC, keys=bool(shared.settings.keys))
     if shared.settings.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(shared.settings.origins), allow_methods=["*"], allow_headers=["*"]
@@ -344,6 +346,11 @@ def add_tokens(app: FastAPI, shared: Shared) -> None:
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
         service = shared.model(body.model)
+        most = service.tokenizer.vocab_size - 1
+        beyond = next((token for token in body.tokens if token > most), None)
+        if beyond is not None:
+            said = f"tokens holds the id {beyond}, but tokens run from 0 to {most}"
+            raise ApiError(400, said, param="tokens", code="invalid_value")
         return {"prompt": service.tokenizer.decode(body.tokens)}
 
 
