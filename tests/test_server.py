@@ -95,6 +95,20 @@ def test_an_echo_has_the_log_probabilities_of_scoring(
         assert logprob in top.values() and len(top) in (2, 3)
 
 
+def test_the_token_that_ends_a_text_has_a_log_probability(
+    client: openai.OpenAI, engine: Engine, tokenizer: Tokenizer
+) -> None:
+    prompt, end = tokenizer.encode("The sun"), tokenizer.stop_ids[0]
+    reply = client.completions.create(model="tiny", prompt=prompt, max_tokens=4, logprobs=1, logit_bias={str(end): 100})
+    (choice,) = reply.choices
+    assert choice.finish_reason == "stop" and choice.text == ""
+    assert choice.logprobs is not None
+    assert choice.logprobs.tokens == [tokenizer.token_bytes(end).decode()]
+    (scored,) = Scorer(engine.model).score([[*prompt, end]])
+    assert choice.logprobs.token_logprobs == pytest.approx(scored[-1:], abs=1e-4)
+    assert choice.logprobs.text_offset == [0]
+
+
 def test_echo_and_a_reply(client: openai.OpenAI) -> None:
     both = client.completions.create(model="tiny", prompt="The sun", max_tokens=5, echo=True)
     apart = client.completions.create(model="tiny", prompt="The sun", max_tokens=5)
