@@ -74,7 +74,7 @@ ALWAYS = {"logprobs", "stream", "good", "better"}
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     feedback = Feedback(tmp_path_factory.mktemp("feedback") / "rows.jsonl")
-    with serving(Served(Settings(keys=(KEY,)), feedback=feedback)) as served:
+    with serving(Served(Settings(keys=(KEY,), max_body=50_000), feedback=feedback), queue=8) as served:
         yield served
 
 
@@ -91,7 +91,7 @@ def narrowed(written: dict[str, Any], *, stream: bool) -> dict[str, Any]:
         if name.endswith("Body"):
             narrow = {**NARROWED, **OWN.get(name, {}), "stream": {"const": stream}}
             part["properties"] |= {field: narrow[field] for field in part["properties"].keys() & narrow.keys()}
-            part["required"] = [*part.get("required", ()), *(part["properties"].keys() & ALWAYS)]
+            part["required"] = [*part.get("required", ()), *sorted(part["properties"].keys() & ALWAYS)]
     found["paths"]["/v1/models/{name}"]["get"]["parameters"][0]["schema"] = {"enum": ["tiny", "tin"]}
     return found
 
@@ -120,3 +120,31 @@ def test_answers_are_as_they_are_written(shared: Served, written: dict[str, Any]
 
     check()
     assert seen[400 if wrong else 200, how == "stream"], f"the answers were {seen}"
+
+
+LONG = {"model": "tiny", "prompt": "The sun", "max_tokens": 500, "ignore_eos": True}
+REFUSED: list[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    (401, {}, {}, {"headers": {}}),
+    (404, {"model": "tin"}, {}, {}),
+    (408, {}, {"settings": Settings(keys=(KEY,), timeout=0.01)}, {}),
+    (200, {"stream": True}, {"settings": Settings(keys=(KEY,), timeout=0.01)}, {}),
+    (413, {"prompt": "x" * 60_000}, {}, {}),
+    (429, {"n": 20}, {}, {}),
+    (503, {}, {"services": {}}, {}),
+]
+"""Status; what else is in the body; what the server has instead; how it is asked."""
+
+
+@pytest.mark.parametrize(("status", "more", "has", "how"), REFUSED, ids=[str(one[0]) for one in REFUSED])
+def test_refusals_are_as_they_are_written(
+    shared: Served, written: dict[str, Any], monkeypatch: pytest.MonkeyPatch, status: int, more: Any, has: Any, how: Any
+) -> None:
+    operation: Any = schemathesis.openapi.from_dict(written)["/v1/completions"]["POST"]
+    case = operation.Case(body={**LONG, **more}, media_type="application/json")
+    for name, value in has.items():
+        monkeypatch.setattr(shared, name, value)
+    conform = [check for check in CHECKS if check is not not_a_server_error]
+    answer = case.call_and_validate(base_url=shared.address, checks=conform, **{"headers": HEADERS, **how})
+    assert answer.status_code == status
+    if status == 200:
+        assert '"type":"timeout_error"' in answer.text.replace(" ", ""), "an event of the stream says what went wrong"
