@@ -148,3 +148,45 @@ def test_refusals_are_as_they_are_written(
     assert answer.status_code == status
     if status == 200:
         assert '"type":"timeout_error"' in answer.text.replace(" ", ""), "an event of the stream says what went wrong"
+
+
+HALF = "\ud834"
+"""The first half of a character beyond U+FFFF: JSON may hold it, UTF-8 may not."""
+ASK = {"model": "tiny", "messages": [{"role": "user", "content": HALF}], "max_tokens": 3}
+VOTE = {"consent": True, "kind": "vote", "model": "tiny", "prompt": ASK["messages"], "reply": HALF, "good": True}
+EXTREME: list[tuple[str, dict[str, Any], int]] = [
+    *(
+        ("POST /v1/completions", {"model": "tiny", "prompt": "x", "max_tokens": 3, **more}, status)
+        for more, status in (
+            ({"stop_token_ids": [10**12]}, 400),
+            ({"stop_token_ids": [-1]}, 400),
+            ({"min_tokens": 10**12}, 200),
+            ({"max_tokens": 10**30, "stop": "e"}, 200),
+            ({"top_k": 10**30}, 200),
+            ({"priority": 10**30}, 200),
+            ({"seed": -(2**63)}, 200),
+            ({"temperature": 1e-300, "top_p": 1e-300, "repetition_penalty": 1e-300, "logprobs": 2}, 200),
+            ({"logit_bias": {"5" * 5000: 1}}, 400),
+            ({"logit_bias": {"٣": 1}}, 400),
+            ({"prompt": HALF, "echo": True}, 200),
+            ({"model": HALF}, 404),
+        )
+    ),
+    ("POST /v1/chat/completions", ASK, 200),
+    ("POST /v1/chat/completions", {**ASK, "messages": [{"role": HALF, "content": "x"}]}, 400),
+    ("POST /v1/feedback", VOTE, 200),
+    ("POST /tokenize", {"prompt": HALF}, 200),
+]
+
+
+@pytest.mark.parametrize(("endpoint", "body", "status"), EXTREME)
+def test_nothing_that_is_asked_stops_the_server(
+    shared: Served, written: dict[str, Any], endpoint: str, body: dict[str, Any], status: int
+) -> None:
+    method, path = endpoint.split()
+    operation: Any = schemathesis.openapi.from_dict(written)[path][method]
+    case = operation.Case(body=body, media_type="application/json")
+    answer = case.call_and_validate(base_url=shared.address, headers=HEADERS, checks=CHECKS)
+    assert answer.status_code == status, answer.text
+    usual = {"model": "tiny", "prompt": "The sun", "max_tokens": 2}
+    assert httpx.post(f"{shared.address}/v1/completions", json=usual, headers=HEADERS).status_code == 200

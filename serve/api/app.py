@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from errors import UserError, did_you_mean
 from serve.api import chat, completions
 from serve.api.documents import document
-from serve.api.errors import ApiError, from_validation
+from serve.api.errors import ApiError, Json, from_validation
 from serve.api.metrics import Metrics
 from serve.api.page import add_page
 from serve.api.runner import Runner
@@ -243,6 +243,7 @@ def add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
         words = {
+            400: "the body cannot be read as JSON",
             404: f"there is nothing at {request.url.path}",
             405: f"{request.url.path} does not take {request.method}",
         }
@@ -305,7 +306,7 @@ def add_generation(app: FastAPI, shared: Shared) -> None:
     async def answer(request: Request, made: Any, stream: bool | None) -> Response:
         timeout = shared.settings.timeout
         if not stream:
-            return JSONResponse(await unless_gone(request, made.whole(), timeout))
+            return Json(await unless_gone(request, made.whole(), timeout))
         # What cannot be queued is refused with its status, before anything is sent.
         made.service.runner.check_room(len(made.requests))
         pieces = made.stream()

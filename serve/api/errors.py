@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,14 @@ KINDS = {
     500: "server_error",
     503: "service_unavailable_error",
 }
+
+
+class Json(JSONResponse):
+    """JSON in ASCII, so that halves of characters, which JSON may hold and UTF-8 may not, can be sent."""
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
 class ApiError(Exception):
@@ -49,7 +58,7 @@ class ApiError(Exception):
     @property
     def response(self) -> JSONResponse:
         """The response."""
-        return JSONResponse(self.body, self.status, headers=self.headers)
+        return Json(self.body, self.status, headers=self.headers)
 
 
 def from_validation(error: RequestValidationError, known: Mapping[str, Any]) -> ApiError:
