@@ -220,7 +220,7 @@ check() {
     "$venv/bin/python" -m pytest "$@"
     if [ -n "$parity" ]; then
         QMAX_EXTRA="" ensure "$root/.venv-parity" "$old" dev parity plan
-        say "parity with transformers, and plans by the TPU compiler"
+        say "parity with transformers, lm-eval through the server, and plans by the TPU compiler"
         QMAX_PARITY=1 "$root/.venv-parity/bin/python" -m pytest tests/parity tests/test_plan.py
     fi
 }

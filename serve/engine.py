@@ -191,6 +191,9 @@ class Engine:
                 raise UserError("requests that several processes make need a seed, or these would draw different ones")
             sampling = sampling.variants(1)[0]
         stops = self.tokenizer.stop_ids if sampling.stop_ids is None else sampling.stop_ids
+        wrong = next((token for token in stops if not 0 <= token < vocab), None)
+        if wrong is not None:
+            raise UserError(f"stop_ids names the id {wrong}, but tokens run from 0 to {vocab - 1}")
         room = min(most, self.pages // self.limits.shards * self.page) - len(prompt)
         if room < 1:
             raise UserError(f"{where} has {len(prompt)} tokens, and there are pages for {room + len(prompt)} only")

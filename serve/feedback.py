@@ -43,7 +43,7 @@ class Feedback:
 
     def _append(self, kind: str, model: str, prompt: Messages, more: Mapping[str, Any]) -> None:
         row = {"prompt": list(prompt), **more, "kind": kind, "model": model, "time": int(time.time())}
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="replace")  # halves of characters
         with self._lock:
             before = os.fstat(self._file).st_size
             if os.write(self._file, line) != len(line):

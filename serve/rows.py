@@ -53,7 +53,7 @@ def fill(row: Any, request: Request) -> None:
     """Writes what stays the same of a request to its line."""
     params = request.sampling
     assert params.seed is not None, "seeds are drawn before"
-    row["min_tokens"], row["top_logprobs"] = params.min_tokens, params.top_logprobs
+    row["min_tokens"], row["top_logprobs"] = min(params.min_tokens, request.max_tokens), params.top_logprobs
     row["top_k"], row["special"] = min(params.top_k, LARGEST_TOP_K), BIAS if params.logit_bias else 0
     row["temperature"], row["top_p"], row["min_p"] = params.temperature, params.top_p, params.min_p
     row["adapter"] = request.adapter

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -93,3 +96,17 @@ def idle(engine: Engine) -> bool:
             return True
         time.sleep(0.01)
     return False
+
+
+@contextmanager
+def served_by_verb(model: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`qmax serve` in a process of its own, and its address; it listens, and may still be loading."""
+    command = [sys.executable, str(ROOT / "qmax.py"), "serve", str(model), "--port", "0", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            found = re.search(r"http://\S+", process.stderr.readline())
+            assert found is not None
+            yield process, found.group()
+        finally:
+            process.kill()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,8 +15,8 @@ import pytest
 
 import qmax
 from serve.feedback import Feedback
+from tests.serving import ROOT, served_by_verb
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "tests" / "data" / "stories260K.bin"
 
 
@@ -59,14 +56,10 @@ def test_what_cannot_be_served_is_one_sentence(
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server of its own process, and its address."""
-    words = [sys.executable, str(ROOT / "qmax.py"), "serve", str(MODEL), "--port", "0", "--name", "stories"]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "QMAX_API_KEYS": "one,two"})
-    assert process.stderr is not None
-    found = re.search(r"http://\S+", process.stderr.readline())
-    assert found is not None
-    with process:
-        yield process, found.group()
-        process.kill()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QMAX_API_KEYS", "one,two")
+        with served_by_verb(MODEL, "--name", "stories") as found:
+            yield found
 
 
 def test_it_tells_how_far_it_is_and_ends_politely(server: tuple[subprocess.Popen[str], str]) -> None:

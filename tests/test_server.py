@@ -121,6 +121,20 @@ def test_what_cannot_be_embedded(raw: httpx.Client, more: dict[str, Any], said: 
     assert answer.status_code == 400 and said in answer.json()["error"]["message"]
 
 
+def test_the_token_that_ends_a_text_has_a_log_probability(
+    client: openai.OpenAI, engine: Engine, tokenizer: Tokenizer
+) -> None:
+    prompt, end = tokenizer.encode("The sun"), tokenizer.stop_ids[0]
+    reply = client.completions.create(model="tiny", prompt=prompt, max_tokens=4, logprobs=1, logit_bias={str(end): 100})
+    (choice,) = reply.choices
+    assert choice.finish_reason == "stop" and choice.text == ""
+    assert choice.logprobs is not None
+    assert choice.logprobs.tokens == [tokenizer.token_bytes(end).decode()]
+    (scored,) = Scorer(engine.model).score([[*prompt, end]])
+    assert choice.logprobs.token_logprobs == pytest.approx(scored[-1:], abs=1e-4)
+    assert choice.logprobs.text_offset == [0]
+
+
 def test_echo_and_a_reply(client: openai.OpenAI) -> None:
     both = client.completions.create(model="tiny", prompt="The sun", max_tokens=5, echo=True)
     apart = client.completions.create(model="tiny", prompt="The sun", max_tokens=5)
@@ -396,6 +410,8 @@ def test_tokens_of_text_and_back(raw: httpx.Client, tokenizer: Tokenizer) -> Non
     found = raw.post("/tokenize", json={"prompt": "Hello world"}).json()
     assert found["tokens"] == tokenizer.encode("Hello world") and found["count"] == len(found["tokens"])
     assert raw.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "Hello world"}
+    beyond = raw.post("/detokenize", json={"tokens": [*found["tokens"], tokenizer.vocab_size]})
+    assert beyond.status_code == 400 and beyond.json()["error"]["param"] == "tokens"
     chat = raw.post("/tokenize", json={"messages": ASK}).json()["tokens"]
     assert chat == tokenizer.encode_chat(ASK, add_generation_prompt=True)
 

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from errors import UserError, did_you_mean
 from serve.api import chat, completions
+from serve.api.documents import document
 from serve.api.embeddings import embed
 from serve.api.errors import ApiError, from_validation
 from serve.api.messages import add_messages
@@ -196,6 +197,7 @@ def make_app(shared: Shared, start: Callable[[Shared], Awaitable[None]] | None =
     add_messages(app, shared)
     add_tokens(app, shared)
     add_page(app, shared)
+    document(app, PUBLIC, keys=bool(shared.settings.keys))
     if shared.settings.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(shared.settings.origins), allow_methods=["*"], allow_headers=["*"]
@@ -223,7 +225,11 @@ def add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
         path = request.url.path
-        words = {404: f"there is nothing at {path}", 405: f"{path} does not take {request.method}"}
+        words = {
+            400: "the body cannot be read as JSON",
+            404: f"there is nothing at {path}",
+            405: f"{path} does not take {request.method}",
+        }
         said = words.get(error.status_code, str(error.detail))
         return ApiError(error.status_code, said, headers=error.headers).response(path)
 
@@ -321,6 +327,11 @@ def add_tokens(app: FastAPI, shared: Shared) -> None:
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
         service = shared.model(body.model)
+        most = service.tokenizer.vocab_size - 1
+        beyond = next((token for token in body.tokens if token > most), None)
+        if beyond is not None:
+            said = f"tokens holds the id {beyond}, but tokens run from 0 to {most}"
+            raise ApiError(400, said, param="tokens", code="invalid_value")
         return {"prompt": service.tokenizer.decode(body.tokens)}
 
 

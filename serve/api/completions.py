@@ -41,7 +41,6 @@ class Completions:
         self.service, self.body, self.prompts = service, body, prompts
         self.id, self.created = f"cmpl-{uuid4().hex}", int(time.time())
         n = body.n or 1
-        asked = body.logprobs is not None
         most = None if body.max_tokens is None else max(1, body.max_tokens)
         params = service.sampling(body, most, body.logprobs)
         self.requests: list[Request] = []
@@ -51,9 +50,9 @@ class Completions:
                 constraint = service.constraint(body.structured_outputs)
                 self.requests.append(service.request(prompt, one, constraint, body.priority))
                 text = ReplyText(service.tokenizer, prompt, body.stops)
-                self.choices.append(
-                    Choice(len(self.choices), text, service.tokenizer, body.logprobs if asked else None)
-                )
+                # Who scores prompts by `echo` and one more token counts on that one, whichever it is.
+                choice = Choice(len(self.choices), text, service.tokenizer, body.logprobs, with_end=True)
+                self.choices.append(choice)
         self.generates = body.max_tokens is None or body.max_tokens > 0
 
     def start(self) -> Listener | None:

@@ -39,12 +39,12 @@ ANTHROPIC_KINDS = {
 M = TypeVar("M", bound=BaseModel)
 
 
-class AsciiJson(JSONResponse):
-    """JSON in ASCII: half a surrogate pair, which no UTF-8 can hold, may be in what somebody sent or a model wrote."""
+class Json(JSONResponse):
+    """JSON in ASCII, so that halves of characters, which JSON may hold and UTF-8 may not, can be sent."""
 
     def render(self, content: Any) -> bytes:
         """The body."""
-        return json.dumps(content, separators=(",", ":")).encode()
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
 class ApiError(Exception):
@@ -80,7 +80,7 @@ class ApiError(Exception):
     def response(self, path: str) -> JSONResponse:
         """The response to a request for this path."""
         body = self.anthropic_body if path == ANTHROPIC or path.startswith(f"{ANTHROPIC}/") else self.body
-        return AsciiJson(body, self.status, headers=self.headers)
+        return Json(body, self.status, headers=self.headers)
 
 
 def read(kind: type[M], value: Any, where: str) -> M:

@@ -28,11 +28,15 @@ def usage(prompt_tokens: int, prompts: Sequence[Request], replies: Sequence[Requ
 class Choice:
     """One of the replies to a body.
 
-    logprobs: how many alternatives to give beside each token; None: no log-probabilities at all.
+    logprobs: how many alternatives to give beside each token; None: no log-probabilities at all. with_end: the token
+    that ends the reply has one too, though it has no text.
     """
 
-    def __init__(self, index: int, text: ReplyText, tokenizer: Tokenizer, logprobs: int | None):
+    def __init__(
+        self, index: int, text: ReplyText, tokenizer: Tokenizer, logprobs: int | None, *, with_end: bool = False
+    ):
         self.index, self._text, self._tokenizer, self.logprobs = index, text, tokenizer, logprobs
+        self._with_end = with_end
         self.written = ""
         self.finished: str | None = None
         self.tokens: list[tuple[int, float | None, TopTokens | None]] = []
@@ -41,7 +45,7 @@ class Choice:
     def take(self, event: Event) -> str:
         """The text that is certain after one more token."""
         ended = event.finished == "stop"
-        if not ended:
+        if not ended or self._with_end:
             self.tokens.append((event.token, event.logprob, event.top))
         text = "" if ended else self._text.push(event.token)
         if self._text.stopped_by is not None:

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Query, Request
 from starlette.responses import Response as HttpResponse
 
 from serve.api.dialogue import ANY_OBJECT, Dialogue, Params, Turn, chosen
-from serve.api.errors import ApiError, AsciiJson
+from serve.api.errors import ApiError, Json
 from serve.api.replies import Choice
 from serve.api.response_items import FunctionTool, ItemWriter, items_of, messages_of, new_id, tools_of
 from serve.api.response_store import ResponseStore, Stored
@@ -230,7 +230,7 @@ def add_responses(app: FastAPI, shared: Shared) -> None:
     async def past(name: str, stream: bool = False) -> HttpResponse:
         if stream:
             raise ApiError(400, "a past response comes whole; leave stream away", param="stream")
-        return AsciiJson(shared.responses.get(name).response)
+        return Json(shared.responses.get(name).response)
 
     @app.delete("/v1/responses/{name}")
     async def forget(name: str) -> dict[str, Any]:
@@ -253,4 +253,4 @@ def add_responses(app: FastAPI, shared: Shared) -> None:
             items = items[found[0] + 1 :]
         page = items[:limit]
         ends = {"first_id": page[0]["id"] if page else "", "last_id": page[-1]["id"] if page else ""}
-        return AsciiJson({"object": "list", "data": page, **ends, "has_more": len(items) > limit})
+        return Json({"object": "list", "data": page, **ends, "has_more": len(items) > limit})

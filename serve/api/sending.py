@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from fastapi import Request
 from starlette.responses import Response, StreamingResponse
 
-from serve.api.errors import ApiError, AsciiJson
+from serve.api.errors import ApiError, Json
 from serve.api.service import Service
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ async def events(made: Answer, timeout: float) -> AsyncIterator[str]:
 async def send(request: Request, made: Answer, timeout: float, *, stream: bool) -> Response:
     """The response to a request."""
     if not stream:
-        return AsciiJson(await unless_gone(request, made.whole(), timeout))
+        return Json(await unless_gone(request, made.whole(), timeout))
     # What cannot be queued is refused with its status, before anything is sent.
     made.service.runner.check_room(len(made.requests))
     return StreamingResponse(

@@ -22,6 +22,9 @@ from serve.prompts import Prompts
 from serve.request import Constraint, Request
 from serve.sampling_params import MAX_SEED, MAX_STOP_IDS, SamplingParams
 
+MAX_DIGITS = 18
+"""Of an id: Python refuses to read numbers of thousands of digits."""
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -105,7 +108,7 @@ class Service:
     def _bias(self, given: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
         found = []
         for token, by in (given or {}).items():
-            if not token.isdecimal():
+            if not (token.isascii() and token.isdecimal() and len(token) <= MAX_DIGITS):
                 raise ApiError(400, f"logit_bias names {token!r}; it takes ids of tokens", param="logit_bias")
             found.append((int(token), by))
         return tuple(found)
@@ -119,7 +122,9 @@ class Service:
             return self.engine.request(prompt, sampling, **more)
         except UserError as error:
             code = "context_length_exceeded" if "positions" in str(error) else "invalid_value"
-            raise ApiError(400, str(error), code=code) from error
+            said = str(error).replace("stop_ids", "stop_token_ids")  # as requests call it
+            name, names, _ = said.partition(" names ")
+            raise ApiError(400, said, param=name if names else None, code=code) from error
 
     def constraint(self, wanted: StructuredOutputs | None, param: str = "structured_outputs") -> Constraint | None:
         """What a reply must look like; ApiError 400, about `param`, if it makes no sense."""

@@ -1,0 +1,167 @@
+"""Law: what lm-evaluation-harness measures through the server is what `qmax score` and the sampler say.
+
+Nothing is fetched: model, tokenizer and tasks are local, and the hub is turned off.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmax
+from model.load import load_model
+from serve.engine import Engine
+from serve.sampling_params import SamplingParams
+from tests.serving import ROOT, served_by_verb
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("QMAX_PARITY") != "1", reason="./run.sh test --parity"),
+    pytest.mark.filterwarnings("default"),  # what the harness warns of is its own to mend
+]
+
+MODEL = ROOT / "tests" / "data" / "stories260K.bin"
+NAME = "stories"
+START = 1
+"""<s>, with which the model's stories begin."""
+ROWS = [
+    {"text": text, "choices": choices, "gold": gold}
+    for text, choices, gold in (
+        ("Once upon a time, there was a little girl named", [" Lily", " Max", " Tim", " dog"], 0),
+        ("Tim was sad because he lost his", [" the", " toy", " happy"], 1),
+        ('She said, "Thank', [" you,", " play.", " ball."], 0),
+        ("They went to the park to", [" play.", " said.", " a."], 2),
+    )
+]
+WORDS = 12
+"""Tokens of a reply."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The hub is off before the harness is imported, and its caches are of this test alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            patch.setenv(name, "1")
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # where another test imported it before
+        pytest.importorskip("lm_eval", reason="lm-eval is not installed; it is in the extra `parity`")
+        patch.setenv("OPENAI_API_KEY", "secret")
+        patch.setenv("QMAX_API_KEYS", "secret")
+        yield
+
+
+@pytest.fixture(scope="module")
+def address(_offline: None) -> Iterator[str]:
+    with served_by_verb(MODEL, "--name", NAME) as (_, found):
+        yield found
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("converted") / NAME
+    assert qmax.main(["convert", str(MODEL), str(folder)]) == 0
+    return folder
+
+
+def scored(rows: list[list[int]], folder: Path) -> list[list[float]]:
+    """Log-probabilities of tokens, by `qmax score`; that of the first, which has none, is nothing."""
+    given, found = folder / "rows.jsonl", folder / "scores.jsonl"
+    given.write_text("".join(json.dumps({"tokens": row}) + "\n" for row in rows))
+    assert qmax.main(["score", str(MODEL), "--input", str(given), "--output", str(found)]) == 0
+    return [[one or 0.0 for one in json.loads(line)["logprobs"]] for line in found.read_text().splitlines()]
+
+
+def measured(kind: str, options: dict[str, Any], folder: Path, rows: list[dict[str, Any]], **task: Any) -> Any:
+    """What the harness finds for a task of these rows."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    data = folder / "task.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "task": "local",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "doc_to_text": "{{text}}",
+        **task,
+    }
+    options = {"model": NAME, "max_length": 512, "max_retries": 1, **options}
+    found = simple_evaluate(
+        kind,
+        options,
+        tasks=[config],
+        task_manager=TaskManager(include_defaults=False),  # reading its thousands of tasks takes long
+        bootstrap_iters=0,
+        apply_chat_template="chat" in kind,
+        log_samples=True,
+    )
+    assert found is not None
+    return found["results"]["local"], found["samples"]["local"]
+
+
+@pytest.mark.parametrize("tokenized", [True, False])
+def test_choices_by_their_log_likelihood(address: str, tokenizer_folder: Path, tmp_path: Path, tokenized: bool) -> None:
+    options = {"base_url": f"{address}/v1/completions", "tokenizer": str(tokenizer_folder)}
+    options |= {"tokenized_requests": tokenized, "batch_size": 2, "num_concurrent": 1 + 3 * tokenized}
+    results, samples = measured(
+        "local-completions", options, tmp_path, ROWS,
+        output_type="multiple_choice", doc_to_choice="choices", doc_to_target="gold", target_delimiter="",
+    )  # fmt: skip
+    _, tokenizer = load_model(MODEL)
+    right = 0
+    for row, sample in zip(ROWS, sorted(samples, key=lambda one: one["doc_id"]), strict=True):
+        start = len(tokenizer.encode(row["text"]))
+        wholes = [tokenizer.encode(row["text"] + choice) for choice in row["choices"]]
+        wanted = [sum(line[start:]) for line in scored(wholes, tmp_path)]
+        assert [one[0] for one in sample["filtered_resps"]] == pytest.approx(wanted, abs=1e-3)
+        right += wanted.index(max(wanted)) == row["gold"]
+    assert results["acc,none"] == right / len(ROWS)
+    assert 0 < right < len(ROWS), "a test that cannot tell right from wrong"
+
+
+def test_the_perplexity_of_texts(address: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    options = {"base_url": f"{address}/v1/completions", "tokenizer": str(tokenizer_folder)}
+    options |= {"custom_prefix_token_id": START}
+    metrics = [{"metric": "bits_per_byte"}]
+    results, _ = measured(
+        "local-completions", options, tmp_path, ROWS,
+        output_type="loglikelihood_rolling", doc_to_target="{{text}}", metric_list=metrics,
+    )  # fmt: skip
+    _, tokenizer = load_model(MODEL)
+    lines = scored([[START, *tokenizer.encode(row["text"])] for row in ROWS], tmp_path)
+    size = sum(len(row["text"].encode()) for row in ROWS)
+    assert results["bits_per_byte,none"] == pytest.approx(-sum(map(sum, lines)) / size / math.log(2), abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["completions", "chat-completions"])
+def test_replies_are_the_samplers(address: str, tokenizer_folder: Path, tmp_path: Path, kind: str) -> None:
+    model, tokenizer = load_model(MODEL)
+    prompts = [
+        tokenizer.encode_chat([{"role": "user", "content": row["text"]}], add_generation_prompt=True)
+        if kind.startswith("chat")
+        else tokenizer.encode(row["text"])
+        for row in ROWS
+    ]
+    params = SamplingParams(temperature=0, max_tokens=WORDS, stop_ids=tokenizer.stop_ids)
+    said = []
+    for prompt, reply in zip(prompts, Engine(model, tokenizer).generate(prompts, params), strict=True):
+        before = [] if kind.startswith("chat") else prompt
+        text = tokenizer.decode([*before, *reply.content]).removeprefix(tokenizer.decode(before))
+        said.append(text.partition(".")[0])
+    rows = [{"text": row["text"], "said": said[n] if n % 2 else "no"} for n, row in enumerate(ROWS)]
+    options = {"base_url": f"{address}/v1/{'chat/' * kind.startswith('chat')}completions"}
+    options |= {} if kind.startswith("chat") else {"tokenizer": str(tokenizer_folder)}
+    results, samples = measured(
+        f"local-{kind}", options, tmp_path, rows,
+        output_type="generate_until", doc_to_target="{{said}}", metric_list=[{"metric": "exact_match"}],
+        generation_kwargs={"until": ["."], "max_gen_toks": WORDS, "temperature": 0, "do_sample": False},
+    )  # fmt: skip
+    assert [one["resps"][0][0] for one in sorted(samples, key=lambda one: one["doc_id"])] == said
+    assert results["exact_match,none"] == 0.5
