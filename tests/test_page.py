@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from serve.api.app import Settings
 from serve.feedback import Feedback
 from tests.serving import Served, serving
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs chromium")
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +24,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(rows: Path) -> Iterator[Served]:
     with serving(Served(Settings(), feedback=Feedback(rows))) as one:
         yield one
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as driver:
-        one = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield one
-        one.close()
 
 
 @pytest.fixture

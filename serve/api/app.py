@@ -26,7 +26,7 @@ from serve.api.errors import ApiError, from_validation
 from serve.api.metrics import Metrics
 from serve.api.page import add_page
 from serve.api.runner import Runner
-from serve.api.schemas import ChatBody, CompletionBody, DetokenizeBody, FeedbackBody, TokenizeBody
+from serve.api.schemas import FEEDBACK_FIELDS, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from serve.api.service import Service
 from serve.feedback import Feedback
 
@@ -259,10 +259,10 @@ FIELDS = {
     "/v1/chat/completions": ChatBody.model_fields,
     "/tokenize": TokenizeBody.model_fields,
     "/detokenize": DetokenizeBody.model_fields,
-    "/v1/feedback": FeedbackBody.model_fields,
+    "/v1/feedback": FEEDBACK_FIELDS,
 }
 
-KNOWN = (*FIELDS, "/v1/models", "/health", "/metrics", "/openapi.json", "/")
+KNOWN = (*FIELDS, "/v1/arena", "/v1/models", "/health", "/metrics", "/openapi.json", "/")
 
 
 def add_models(app: FastAPI, shared: Shared) -> None:

@@ -53,12 +53,21 @@ class ApiError(Exception):
 
 
 def from_validation(error: RequestValidationError, known: Mapping[str, Any]) -> ApiError:
-    """The first thing that is wrong with a body, in a sentence; `known` are the fields of the request."""
+    """The first thing that is wrong with a body, in a sentence.
+
+    Args:
+        known: the fields of the request; where there are several kinds of it, the fields of each kind.
+    """
     first = error.errors()[0]
     where = [str(part) for part in first.get("loc", ()) if part != "body"]
+    if where and isinstance(known.get(where[0]), Mapping):
+        known, where = known[where[0]], where[1:]
     name = ".".join(part for part in where if not part.startswith(("function-", "list[", "str", "tuple[")))
     if first.get("type") == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first.get('msg', ''))}")
+    if first.get("type") in ("union_tag_invalid", "union_tag_not_found"):
+        which = str(first["ctx"]["discriminator"]).strip("'")
+        return ApiError(400, f"{which} must be one of {', '.join(known)}", param=which, code="invalid_value")
     if first.get("type") == "extra_forbidden":
         hint = did_you_mean(name, known) if len(where) == 1 else ""
         return ApiError(
