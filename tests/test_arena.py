@@ -152,10 +152,11 @@ def test_what_was_stopped_cannot_be_judged(browser: Browser, served: Served) -> 
     opened = Opened(browser, served)
     page = opened.page
     page.fill("#max_tokens", "1500")
+    page.fill("#seed", "1")  # neither reply ends soon by itself
     page.check("#compare")
     page.fill("#prompt", "Hello")
     page.keyboard.press("Enter")
-    expect(page.locator(".sides .body").first).not_to_have_text("")
+    page.wait_for_selector(".sides .body.caret > *")
     page.keyboard.press("Escape")
     expect(page.locator(".outcome")).to_contain_text("No vote.")
     assert page.locator(".votes").count() == 0
@@ -181,6 +182,24 @@ def test_the_model_is_chosen_and_remembered(browser: Browser, served: Served) ->
     opened.compare("Again")
     a, b = opened.bodies("/v1/chat/completions")[-2:]
     assert (a["model"], a["temperature"], b["model"], b["temperature"], b["top_k"]) == ("beta", 1.1, "alpha", 0.9, 40)
+    opened.close()
+
+
+def test_thinking_is_asked_of_models_that_think(browser: Browser, served: Served) -> None:
+    opened = Opened(browser, served)
+    page = opened.page
+    about = httpx.get(f"{served.address}/ui/page.json").json()
+    about["models"][1]["thinks"] = False
+    page.route("**/ui/page.json", lambda route: route.fulfill(json=about))
+    page.reload()
+    thinking = page.get_by_label("Let it think first")
+    expect(thinking).to_be_visible()
+    page.get_by_label("Model", exact=True).select_option("beta")
+    expect(thinking).to_be_hidden()
+    opened.compare("Hello")
+    expect(thinking).to_be_visible()
+    beta, alpha = opened.bodies("/v1/chat/completions")
+    assert "enable_thinking" not in beta and alpha["enable_thinking"] is True
     opened.close()
 
 

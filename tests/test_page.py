@@ -99,6 +99,26 @@ def test_feedback_needs_consent_and_becomes_rows(page: Page, rows: Path) -> None
     assert correction["rejected"] == vote["completion"]
 
 
+def test_one_model_replies_twice(page: Page) -> None:
+    """The same words twice leave nothing to prefer; drawn at a temperature the two differ, also with one seed."""
+    group = page.get_by_role("group", name="Which reply is better?")
+    page.check("#compare")
+    page.fill("#prompt", "Hello")
+    page.keyboard.press("Enter")
+    expect(group).to_be_visible(timeout=60_000)
+    enabled = group.locator("button:enabled")
+    assert enabled.all_inner_texts() == ["Equally good", "Both bad", "No vote"]
+    enabled.last.click()
+    expect(page.locator(".outcome")).to_contain_text("Both were tiny.")
+    page.fill("#temperature", "1")
+    page.fill("#seed", "3")
+    page.get_by_role("button", name="Ask for two other replies").click()
+    expect(group).to_be_visible(timeout=60_000)
+    assert enabled.count() == 5
+    one, other = page.locator(".sides .body").all_inner_texts()
+    assert one != other
+
+
 EVIL = """<img src=x onerror="window.ran=1"> [go](javascript:window.ran=1) **<script>window.ran=1</script>**
 
 ```html
@@ -144,7 +164,7 @@ def test_it_fits_and_has_names(browser: Browser, served: Served, width: int, sch
     page.click("#theme")
     assert page.evaluate("document.documentElement.dataset.theme") != scheme
     nameless = page.evaluate(
-        """[...document.querySelectorAll("button, input, textarea")].filter((one) =>
+        """[...document.querySelectorAll("button, input, textarea, select")].filter((one) =>
             !(one.getAttribute("aria-label") || one.textContent.trim() || one.title || one.labels?.length))
             .map((one) => one.outerHTML)"""
     )

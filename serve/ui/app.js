@@ -180,7 +180,10 @@ async function answer() {
   say("");
   let drawn = 0;
   const redraw = () => { drawn = 0; if (chat === state.current) { fill(made, message, index); scroll(false); } };
-  const changed = () => { drawn ||= requestAnimationFrame(redraw); };
+  const changed = (rate) => {
+    if (!message.duel) at("rate").textContent = rate;
+    drawn ||= requestAnimationFrame(redraw);
+  };
   const replies = message.duel?.sides ?? [message];
   const ends = await Promise.allSettled(replies.map((one, n) => hear(one, bodyOf(prompt, one.model, n), stop.signal, changed)));
   cancelAnimationFrame(drawn);
@@ -188,7 +191,7 @@ async function answer() {
     if (reason && reason.name !== "AbortError") say(reason instanceof Refused ? reason.message : "the server cannot be reached");
   }
   message.done = true;
-  if (message.speed) at("rate").textContent = message.speed;
+  at("rate").textContent = message.speed ?? "";
   if (replies.every(isEmpty)) {
     chat.messages.splice(index, 1);
     made.remove();
@@ -301,7 +304,7 @@ function showModel() {
   at("model").hidden = choice;
   // Nothing names the two models before the vote.
   at("models").replaceChildren(...(choice ? state.models : []).map(({ name }) => new Option(name, name, false, name === state.chosen)));
-  at("model").textContent = blind() ? "two models, drawn at random" : state.chosen || "loading …";
+  at("model").textContent = blind() ? "two at random" : state.chosen || "loading …";
   document.title = `${blind() ? "two replies" : state.chosen || "…"} · qmax`;
   at("enable_thinking").parentElement.hidden = !(blind() ? state.models : [modelOf(state.chosen)]).some((one) => one.thinks);
   showSettings();

@@ -1,14 +1,14 @@
 // One reply: heard as it comes, drawn as it is so far.
 
 import { render } from "/ui/markdown.js";
-import { at, element, value } from "/ui/page.js";
+import { element, value } from "/ui/page.js";
 import { reply } from "/ui/stream.js";
 
 export const newReply = (model) => ({ model, content: "", thought: "", calls: [], done: false });
 
 export const isEmpty = (one) => !one.content && !one.thought && !one.calls.length;
 
-// Fills `into` with what the server sends; `changed` is called after each piece.
+// Fills `into` with what the server sends; `changed` is called after each piece, with the rate so far.
 export async function hear(into, body, signal, changed) {
   const began = performance.now();
   let first = 0, pieces = 0, usage = null;
@@ -22,8 +22,7 @@ export async function hear(into, body, signal, changed) {
       for (const one of delta.tool_calls ?? []) into.calls.push(one.function);
       if (delta.content || delta.reasoning_content) { pieces += 1; first ||= performance.now(); }
       const seconds = (performance.now() - first) / 1000;
-      if (pieces > 4) at("rate").textContent = `${(pieces / seconds).toFixed(0)} pieces/s`;
-      changed();
+      changed(first && seconds > 0.1 ? `${(pieces / seconds).toFixed(0)} pieces/s` : "");
     }
   } finally {
     into.done = true;
