@@ -2,7 +2,9 @@
 
 import { contestants, decide, drawDuel, isOpen, newDuel, take, wireArena } from "/ui/arena.js";
 import { tell } from "/ui/feedback.js";
-import { at, blind, bodyOf, button, element, modelOf, say, showSettings, state, store, stored, value, wireSettings } from "/ui/page.js";
+import {
+  at, blind, bodyOf, button, element, modelOf, say, showSettings, state, store, stored, value, wireSettings,
+} from "/ui/page.js";
 import { draw, hear, isEmpty, newReply } from "/ui/replies.js";
 import { call, Refused } from "/ui/stream.js";
 
@@ -303,10 +305,12 @@ function showModel() {
   at("choice").hidden = !choice;
   at("model").hidden = choice;
   // Nothing names the two models before the vote.
-  at("models").replaceChildren(...(choice ? state.models : []).map(({ name }) => new Option(name, name, false, name === state.chosen)));
+  const option = ({ name }) => new Option(name, name, false, name === state.chosen);
+  at("models").replaceChildren(...(choice ? state.models.map(option) : []));
   at("model").textContent = blind() ? "two at random" : state.chosen || "loading …";
   document.title = `${blind() ? "two replies" : state.chosen || "…"} · qmax`;
-  at("enable_thinking").parentElement.hidden = !(blind() ? state.models : [modelOf(state.chosen)]).some((one) => one.thinks);
+  const mayReply = blind() ? state.models : [modelOf(state.chosen)];
+  at("enable_thinking").parentElement.hidden = !mayReply.some((one) => one.thinks);
   showSettings();
 }
 
@@ -328,7 +332,8 @@ async function connect() {
 
 theme(stored("theme", matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
 // A reply that was coming when the page was left is not there.
-state.chats = stored("chats", []).map((chat) => ({ ...chat, messages: chat.messages.filter((one) => one.role === "user" || one.done) }));
+const isWhole = (message) => message.role === "user" || message.done;
+state.chats = stored("chats", []).map((chat) => ({ ...chat, messages: chat.messages.filter(isWhole) }));
 at("key").value = sessionStorage.getItem("qmax.key") ?? "";
 at("consent").checked = stored("consent", false);
 at("compare").checked = stored("compare", false);

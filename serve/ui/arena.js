@@ -7,7 +7,13 @@ import { call } from "/ui/stream.js";
 
 const SIDES = ["A", "B"];
 const VERDICTS = [["a", "A is better"], ["b", "B is better"], ["tie", "Equally good"], ["both_bad", "Both bad"]];
-const SAID = { a: "You found A better.", b: "You found B better.", tie: "You found both good.", both_bad: "You found both bad.", none: "No vote." };
+const SAID = {
+  a: "You found A better.",
+  b: "You found B better.",
+  tie: "You found both good.",
+  both_bad: "You found both bad.",
+  none: "No vote.",
+};
 
 // ---- a duel ---------------------------------------------------------------
 // Who replies as A and as B: two models drawn at random, in random order, or the only one twice.
@@ -54,7 +60,8 @@ export function drawDuel(made, message, acts) {
   const { sides, winner, taken } = message.duel;
   if (!made.querySelector(".sides")) {
     const boxes = SIDES.map((name) => {
-      const box = element("section", {}, element("h3"), element("div", { className: "said" }), element("div", { className: "tools" }));
+      const parts = ["said", "tools"].map((className) => element("div", { className }));
+      const box = element("section", {}, element("h3"), ...parts);
       box.setAttribute("aria-label", `Reply ${name}`);
       return box;
     });
@@ -72,6 +79,8 @@ export function drawDuel(made, message, acts) {
   if (message.done) verdict.append(...(winner === null ? votes(message, acts) : outcome(message, acts)));
 }
 
+const hint = (name, textContent) => element(name, { className: "hint", textContent });
+
 function tools({ duel }, n, acts) {
   const side = duel.sides[n];
   const row = [button("Copy", () => navigator.clipboard.writeText(side.content), `Copy reply ${SIDES[n]}`)];
@@ -80,8 +89,8 @@ function tools({ duel }, n, acts) {
     const made = button("Go on from this", () => acts.take(n), `Go on from reply ${SIDES[n]}`);
     made.setAttribute("aria-pressed", String(duel.taken === n));
     row.push(made);
-  } else if (duel.taken === n) row.push(element("span", { className: "hint", textContent: "the conversation went on from here" }));
-  if (side.speed) row.push(element("span", { className: "hint", textContent: side.speed }));
+  } else if (duel.taken === n) row.push(hint("span", "the conversation went on from here"));
+  if (side.speed) row.push(hint("span", side.speed));
   return row;
 }
 
@@ -96,11 +105,11 @@ function votes({ duel }, acts) {
     made.disabled = side >= 0 && (same || !duel.sides[side].content);
     group.append(made);
   }
-  const none = button(state.models.length > 1 ? "Show the models without a vote" : "No vote", (event) => acts.vote("none", event));
+  const words = state.models.length > 1 ? "Show the models without a vote" : "No vote";
+  const none = button(words, (event) => acts.vote("none", event));
   none.className = "quiet";
   group.append(none);
-  const hint = element("p", { className: "hint", textContent: "Both replies are the same; a higher temperature makes them differ." });
-  return same ? [hint, group] : [group];
+  return same ? [hint("p", "Both replies are the same; a higher temperature makes them differ."), group] : [group];
 }
 
 function outcome(message, acts) {
@@ -110,6 +119,7 @@ function outcome(message, acts) {
 }
 
 // ---- the ranking ----------------------------------------------------------
+const SCALE = "A model that is 100 points ahead wins 64 of 100 votes; the mean is 1000.";
 const SVG = "http://www.w3.org/2000/svg";
 
 function shape(name, attributes) {
@@ -131,7 +141,8 @@ function drawn({ rating, low, high }, place) {
 }
 
 function table(models) {
-  const lowest = Math.min(1000, ...models.map((one) => one.low)), highest = Math.max(1000, ...models.map((one) => one.high));
+  const lowest = Math.min(1000, ...models.map((one) => one.low));
+  const highest = Math.max(1000, ...models.map((one) => one.high));
   const place = (rating) => `${(4 + (92 * (rating - lowest)) / (highest - lowest || 1)).toFixed(2)}%`;
   const row = (kind, ...cells) => element("tr", {}, ...cells.map((cell, n) => {
     const made = element(n ? kind : "th", {}, cell);
@@ -139,7 +150,8 @@ function table(models) {
     return made;
   }));
   const body = models.map((one) => {
-    const interval = element("td", {}, drawn(one, place), element("span", { className: "hint", textContent: `${one.low.toFixed(0)} to ${one.high.toFixed(0)}` }));
+    const ends = hint("span", `${one.low.toFixed(0)} to ${one.high.toFixed(0)}`);
+    const interval = element("td", {}, drawn(one, place), ends);
     const made = row("td", one.model, one.rating.toFixed(0), "", String(one.votes));
     made.children[2].replaceWith(interval);
     made.children[3].title = `${one.wins} won, ${one.losses} lost, ${one.ties} even`;
@@ -156,7 +168,7 @@ async function showRanking() {
   try {
     const { models, votes } = await (await call("/v1/arena", undefined, value("key"))).json();
     at("standings").replaceChildren(...(models.length
-      ? [table(models), element("p", { className: "hint", textContent: `${votes} votes. A model that is 100 points ahead wins 64 of 100 votes; the mean is 1000.` })]
+      ? [table(models), hint("p", `${votes} votes. ${SCALE}`)]
       : [words("No two models have been compared yet.")]));
   } catch (error) {
     at("standings").replaceChildren(words(error.message));
