@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Route, expect
 
 from serve.api.app import Settings
 from serve.api.service import Defaults
@@ -51,7 +51,7 @@ class Opened:
         self.page.on("request", lambda one: self.sent.setdefault(one.url[len(served.address) :], []).append(one))
         self.page.add_init_script(
             f"Math.random = () => {chance}; sessionStorage.setItem('qmax.key', '{KEY}');"
-            'localStorage["qmax.settings"] ??= JSON.stringify({max_tokens: "12"});'
+            'localStorage["qmax.settings"] ??= JSON.stringify({max_tokens: "12", seed: "11"});'
         )
         self.page.goto(served.address)
         expect(self.page.locator("#compare")).to_be_visible()
@@ -99,7 +99,7 @@ def test_a_vote_by_keyboard(
     expect(page.locator(".outcome")).to_contain_text(f"A was {a}, B was {b}.")
     assert page.evaluate("document.activeElement.id") == "prompt", "the conversation goes on"
     assert [body["model"] for body in opened.bodies("/v1/chat/completions")] == [a, b]
-    (row,) = map(json.loads, rows.read_text(encoding="utf-8").splitlines())
+    (row,) = map(json.loads, rows.read_bytes().splitlines())
     assert row["models"] == {"a": a, "b": b} and row["winner"] == winner
     better, worse = texts if winner == "a" else texts[::-1]
     assert row["chosen"] == said(better) and row["rejected"] == said(worse)
@@ -124,7 +124,7 @@ def test_even_votes_and_going_on_from_the_other(browser: Browser, served: Served
     assert opened.bodies("/v1/chat/completions")[-1]["messages"][1]["content"] == texts[1]
     page.get_by_role("button", name="Both bad").click()
     expect(page.locator(".outcome")).to_have_count(2)
-    even = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    even = [json.loads(line) for line in rows.read_bytes().splitlines()]
     assert [row["winner"] for row in even] == ["tie", "both_bad"]
     page.reload()
     page.get_by_role("button", name="Hello", exact=True).click()
@@ -151,12 +151,18 @@ def test_nothing_is_sent_without_consent(browser: Browser, served: Served, rows:
 def test_what_was_stopped_cannot_be_judged(browser: Browser, served: Served) -> None:
     opened = Opened(browser, served)
     page = opened.page
-    page.fill("#max_tokens", "1500")
-    page.fill("#seed", "1")  # neither reply ends soon by itself
+    asked: list[Route] = []
+
+    def first_alone(route: Route) -> None:
+        asked.append(route)  # the second is never answered
+        if len(asked) == 1:
+            route.continue_()
+
+    page.route("**/v1/chat/completions", first_alone)
     page.check("#compare")
     page.fill("#prompt", "Hello")
     page.keyboard.press("Enter")
-    page.wait_for_selector(".sides .body.caret > *")
+    expect(page.get_by_role("region", name="Reply A").locator(".body:not(.caret)")).not_to_have_text("")
     page.keyboard.press("Escape")
     expect(page.locator(".outcome")).to_contain_text("No vote.")
     assert page.locator(".votes").count() == 0

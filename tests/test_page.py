@@ -93,7 +93,7 @@ def test_feedback_needs_consent_and_becomes_rows(page: Page, rows: Path) -> None
     page.locator("article.assistant textarea").fill("Better words")
     page.get_by_role("button", name="Keep this correction").click()
     expect(page.locator("article.assistant .body").last).to_have_text("Better words")
-    vote, correction = map(json.loads, rows.read_text().splitlines())
+    vote, correction = map(json.loads, rows.read_bytes().splitlines())
     assert vote["label"] is True and vote["prompt"] == [{"role": "user", "content": "Judge this"}]
     assert correction["chosen"] == [{"role": "assistant", "content": "Better words"}]
     assert correction["rejected"] == vote["completion"]
