@@ -102,7 +102,7 @@ def _parser() -> Parser:
     add("queue", int, 256, "requests that may wait; further ones get 429")
     add("timeout", float, 600.0, "seconds that a request may take", "SECONDS")
     add("max-body", int, 32 * 2**20, "bytes of a request", "BYTES")
-    add("feedback", Path, None, "keep people's votes and corrections here, as rows that training reads", "FILE")
+    add("feedback", Path, None, "keep what people say of replies here, as rows that training reads", "FILE")
     add("api-key-file", Path, None, f"file with an API key on each line; {KEYS} takes keys too, with commas", "FILE")
     parser.add_argument(
         "--cors", action="append", default=[], metavar="ORIGIN", help="pages from here may call; * for all"

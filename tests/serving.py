@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,17 +61,24 @@ def tiny_engine(tokenizer: Tokenizer, slots: int = 4, *, deterministic: bool = F
 
 
 @contextmanager
-def serving(shared: Served, engine: Engine | None = None, queue: int = 64) -> Iterator[Served]:
-    """The server while the block runs; its replies are the most likely tokens unless a request says otherwise."""
+def serving(
+    shared: Served, engine: Engine | None = None, queue: int = 64, models: Mapping[str, Defaults] | None = None
+) -> Iterator[Served]:
+    """The server while the block runs; its replies are the most likely tokens unless a request says otherwise.
+
+    models: names that the one model is served under, with defaults of each.
+    """
     tokenizer = tiny_tokenizer()
+    models = models or {"tiny": Defaults(temperature=0.0)}
     engine = engine or tiny_engine(tokenizer)
 
     async def start(shared: Shared) -> None:
         runner = Runner(engine, asyncio.get_running_loop(), queue)
-        service = Service("tiny", engine, tokenizer, runner, shared.metrics, Defaults(temperature=0.0))
-        shared.services = {service.name: service}
+        shared.services = {
+            name: Service(name, engine, tokenizer, runner, shared.metrics, own) for name, own in models.items()
+        }
         shared.state = "ready"
-        watch(shared.metrics, [service])
+        watch(shared.metrics, list(shared.services.values()))
 
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))

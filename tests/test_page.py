@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from serve.api.app import Settings
 from serve.feedback import Feedback
 from tests.serving import Served, serving
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs chromium")
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +24,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(rows: Path) -> Iterator[Served]:
     with serving(Served(Settings(), feedback=Feedback(rows))) as one:
         yield one
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as driver:
-        one = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield one
-        one.close()
 
 
 @pytest.fixture
@@ -105,10 +93,30 @@ def test_feedback_needs_consent_and_becomes_rows(page: Page, rows: Path) -> None
     page.locator("article.assistant textarea").fill("Better words")
     page.get_by_role("button", name="Keep this correction").click()
     expect(page.locator("article.assistant .body").last).to_have_text("Better words")
-    vote, correction = map(json.loads, rows.read_text().splitlines())
+    vote, correction = map(json.loads, rows.read_bytes().splitlines())
     assert vote["label"] is True and vote["prompt"] == [{"role": "user", "content": "Judge this"}]
     assert correction["chosen"] == [{"role": "assistant", "content": "Better words"}]
     assert correction["rejected"] == vote["completion"]
+
+
+def test_one_model_replies_twice(page: Page) -> None:
+    """The same words twice leave nothing to prefer; drawn at a temperature the two differ, also with one seed."""
+    group = page.get_by_role("group", name="Which reply is better?")
+    page.check("#compare")
+    page.fill("#prompt", "Hello")
+    page.keyboard.press("Enter")
+    expect(group).to_be_visible(timeout=60_000)
+    enabled = group.locator("button:enabled")
+    assert enabled.all_inner_texts() == ["Equally good", "Both bad", "No vote"]
+    enabled.last.click()
+    expect(page.locator(".outcome")).to_contain_text("Both were tiny.")
+    page.fill("#temperature", "1")
+    page.fill("#seed", "3")
+    page.get_by_role("button", name="Ask for two other replies").click()
+    expect(group).to_be_visible(timeout=60_000)
+    assert enabled.count() == 5
+    one, other = page.locator(".sides .body").all_inner_texts()
+    assert one != other
 
 
 EVIL = """<img src=x onerror="window.ran=1"> [go](javascript:window.ran=1) **<script>window.ran=1</script>**
@@ -156,7 +164,7 @@ def test_it_fits_and_has_names(browser: Browser, served: Served, width: int, sch
     page.click("#theme")
     assert page.evaluate("document.documentElement.dataset.theme") != scheme
     nameless = page.evaluate(
-        """[...document.querySelectorAll("button, input, textarea")].filter((one) =>
+        """[...document.querySelectorAll("button, input, textarea, select")].filter((one) =>
             !(one.getAttribute("aria-label") || one.textContent.trim() || one.title || one.labels?.length))
             .map((one) => one.outerHTML)"""
     )

@@ -32,12 +32,12 @@ from serve.api.response_store import ResponseStore
 from serve.api.responses import add_responses
 from serve.api.runner import Runner
 from serve.api.schemas import (
+    FEEDBACK_FIELDS,
     ChatBody,
     CompletionBody,
     CountBody,
     DetokenizeBody,
     EmbeddingBody,
-    FeedbackBody,
     MessagesBody,
     ResponsesBody,
     TokenizeBody,
@@ -248,10 +248,10 @@ FIELDS = {
     "/v1/embeddings": EmbeddingBody.model_fields,
     "/tokenize": TokenizeBody.model_fields,
     "/detokenize": DetokenizeBody.model_fields,
-    "/v1/feedback": FeedbackBody.model_fields,
+    "/v1/feedback": FEEDBACK_FIELDS,
 }
 
-KNOWN = (*FIELDS, "/v1/models", "/health", "/metrics", "/openapi.json", "/")
+KNOWN = (*FIELDS, "/v1/arena", "/v1/models", "/health", "/metrics", "/openapi.json", "/")
 
 
 def add_models(app: FastAPI, shared: Shared) -> None:

@@ -97,7 +97,8 @@ def from_validation(errors: Sequence[Mapping[str, Any]], known: Mapping[str, Any
     """The first thing that is wrong with a body, in a sentence.
 
     Args:
-        errors: as pydantic lists them. known: the fields that there are. at: which part of the request it is.
+        errors: as pydantic lists them. known: the fields that there are; where there are several kinds of a body, the
+            fields of each kind. at: which part of the request it is.
     """
 
     def place(error: Mapping[str, Any]) -> list[str]:
@@ -107,10 +108,15 @@ def from_validation(errors: Sequence[Mapping[str, Any]], known: Mapping[str, Any
     alike = [error for error in errors if place(error)[:1] == place(errors[0])[:1]]
     first = max(alike, key=lambda error: len(place(error)))
     where = place(first)
+    if where and isinstance(known.get(where[0]), Mapping):
+        first, where, known = errors[0], place(errors[0])[1:], known[where[0]]
     path = [part for part in where if not part.startswith(("function-", "list[", "str", "tuple["))]
     name = ".".join([at, *path] if at else path)
     if first.get("type") == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first.get('msg', ''))}")
+    if first.get("type") in ("union_tag_invalid", "union_tag_not_found"):
+        which = str(first["ctx"]["discriminator"]).strip("'")
+        return ApiError(400, f"{which} must be one of {', '.join(known)}", param=which, code="invalid_value")
     if first.get("type") == "extra_forbidden":
         hint = did_you_mean(where[0], known) if len(where) == 1 else ""
         return ApiError(

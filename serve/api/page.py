@@ -1,8 +1,9 @@
-"""The chat page and the feedback that it sends."""
+"""The chat page, the feedback that it sends, and the ranking that comes of it."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,10 @@ from starlette.responses import FileResponse, Response
 from errors import UserError
 from model.chat_template import check_messages
 from serve.api.errors import ApiError
-from serve.api.schemas import FeedbackBody
+from serve.api.schemas import ArenaBody, FeedbackBody, VoteBody
+from serve.feedback import Feedback
 from serve.parsing import END_THINK
+from serve.ranking import rank
 
 if TYPE_CHECKING:
     from serve.api.app import Shared
@@ -34,7 +37,7 @@ HEADERS = {
 
 
 def add_page(app: FastAPI, shared: Shared) -> None:
-    """The page, its files, what it has to know, and feedback."""
+    """The page, its files, what it has to know, feedback, and the ranking."""
 
     def file(name: str) -> Response:
         path = UI / name
@@ -60,23 +63,36 @@ def add_page(app: FastAPI, shared: Shared) -> None:
             raise ApiError(404, f"there is nothing at /ui/{name}")
         return file(name)
 
-    @app.post("/v1/feedback")
-    async def feedback(body: FeedbackBody) -> dict[str, Any]:
+    def feedback() -> Feedback:
         if shared.feedback is None:
             raise ApiError(404, "this server keeps no feedback; start it with --feedback FILE")
+        return shared.feedback
+
+    @app.post("/v1/feedback")
+    async def keep(body: FeedbackBody) -> dict[str, Any]:
+        kept = feedback()
         try:
             prompt = check_messages(body.prompt)
         except UserError as error:
             raise ApiError(400, str(error), param="prompt", code="invalid_value") from error
-        if body.kind == "vote":
-            if body.good is None:
-                raise ApiError(400, "a vote says whether the reply was good", param="good")
-            await asyncio.to_thread(shared.feedback.vote, body.model, prompt, body.reply, body.good)
+        if isinstance(body, ArenaBody):
+            models, replies = (body.a.model, body.b.model), (body.a.reply, body.b.reply)
+            for name in models:  # they are ranked by name
+                shared.model(name)
+            await asyncio.to_thread(kept.arena, models, prompt, replies, body.winner)
+        elif isinstance(body, VoteBody):
+            await asyncio.to_thread(kept.vote, body.model, prompt, body.reply, body.good)
         else:
-            if not body.better or body.better == body.reply:
-                raise ApiError(400, "a correction differs from the reply", param="better")
-            await asyncio.to_thread(shared.feedback.correction, body.model, prompt, body.reply, body.better)
+            await asyncio.to_thread(kept.correction, body.model, prompt, body.reply, body.better)
         return {"object": "feedback", "kept": True}
+
+    @app.get("/v1/arena")
+    async def arena() -> dict[str, Any]:
+        kept = feedback()
+        found = await asyncio.to_thread(lambda: rank(kept.verdicts()))
+        # Every vote is one of both its models.
+        votes = sum(one.votes for one in found) // 2
+        return {"object": "arena", "votes": votes, "models": [asdict(one) for one in found]}
 
 
 FILES = frozenset(path.name for path in UI.iterdir() if path.suffix in KINDS)

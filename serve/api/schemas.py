@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from serve.feedback import Winner
 from serve.sampling_params import MAX_SEED
 
 MAX_CHOICES = 128
@@ -251,16 +252,73 @@ class EmbeddingBody(Body):
     user: str | None = None
 
 
-class FeedbackBody(Body):
-    """POST /v1/feedback: what a person says of a reply, who has agreed that it is kept."""
+class Judged(Body):
+    """What a person says after a conversation, who has agreed that it is kept."""
 
     consent: Literal[True]
-    kind: Literal["vote", "correction"]
-    model: str
     prompt: Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+
+class VoteBody(Judged):
+    """A reply was good, or not."""
+
+    kind: Literal["vote"]
+    model: str
     reply: str
-    good: bool | None = None
-    better: str | None = None
+    good: bool
+
+
+class CorrectionBody(Judged):
+    """What a reply should have been."""
+
+    kind: Literal["correction"]
+    model: str
+    reply: str
+    better: Annotated[str, Field(min_length=1)]
+
+    @field_validator("better")
+    @classmethod
+    def _differs(cls, better: str, given: ValidationInfo) -> str:
+        if better == given.data.get("reply"):
+            raise ValueError("a correction differs from the reply")
+        return better
+
+
+class Contestant(Body):
+    """One side of the arena."""
+
+    model: str
+    reply: str
+
+
+class ArenaBody(Judged):
+    """Which of two replies is better, if one is."""
+
+    kind: Literal["arena"]
+    a: Contestant
+    b: Contestant
+    winner: Winner
+
+    @field_validator("winner")
+    @classmethod
+    def _can_win(cls, winner: Winner, given: ValidationInfo) -> Winner:
+        sides = [given.data[name].reply for name in ("a", "b") if name in given.data]
+        if winner in ("a", "b") and len(sides) == 2:
+            if sides[0] == sides[1]:
+                raise ValueError("neither of two equal replies is better; it can be tie or both_bad")
+            if not sides["ab".index(winner)]:
+                raise ValueError("an empty reply cannot be the better one")
+        return winner
+
+
+FeedbackBody = Annotated[VoteBody | CorrectionBody | ArenaBody, Field(discriminator="kind")]
+"""POST /v1/feedback."""
+
+FEEDBACK_FIELDS = {
+    "vote": VoteBody.model_fields,
+    "correction": CorrectionBody.model_fields,
+    "arena": ArenaBody.model_fields,
+}
 
 
 class TokenizeBody(Body):

@@ -1,48 +1,19 @@
 // The chat page: a conversation, its settings, its history in this browser.
 
-import { render } from "/ui/markdown.js";
-import { call, Refused, reply } from "/ui/stream.js";
-
-const at = (id) => document.getElementById(id);
-const stored = (name, other) => JSON.parse(localStorage.getItem(`qmax.${name}`) ?? "null") ?? other;
-const store = (name, value) => localStorage.setItem(`qmax.${name}`, JSON.stringify(value));
-
-const SETTINGS = ["system", "temperature", "top_p", "top_k", "max_tokens", "seed", "enable_thinking"];
-const state = {
-  page: { model: "", defaults: {}, feedback: false, thinks: false },
-  chats: stored("chats", []),
-  current: null,
-  stop: null,
-  editing: null,
-};
-
-// ---- settings -------------------------------------------------------------
-const field = (name) => at(name);
-const value = (name) => (field(name).type === "checkbox" ? field(name).checked : field(name).value);
-
-function showSettings(settings) {
-  for (const name of SETTINGS) {
-    const own = settings[name] ?? state.page.defaults[name];
-    if (field(name).type === "checkbox") field(name).checked = own ?? true;
-    else field(name).value = own ?? "";
-    const shown = document.querySelector(`output[for="${name}"]`);
-    if (shown) shown.value = field(name).value;
-  }
-}
-
-function bodyOf(messages) {
-  const body = { model: state.page.model, messages };
-  for (const name of ["temperature", "top_p", "top_k", "seed"]) {
-    if (value(name) !== "") body[name] = Number(value(name));
-  }
-  if (value("max_tokens") !== "") body.max_completion_tokens = Number(value("max_tokens"));
-  if (state.page.thinks) body.enable_thinking = value("enable_thinking");
-  if (value("system").trim()) body.messages = [{ role: "system", content: value("system") }, ...messages];
-  return body;
-}
+import { contestants, decide, drawDuel, isOpen, newDuel, take, wireArena } from "/ui/arena.js";
+import { tell } from "/ui/feedback.js";
+import {
+  at, blind, bodyOf, button, element, modelOf, say, showSettings, state, store, stored, value, wireSettings,
+} from "/ui/page.js";
+import { draw, hear, isEmpty, newReply } from "/ui/replies.js";
+import { call, Refused } from "/ui/stream.js";
 
 // ---- conversations --------------------------------------------------------
-const messagesOf = (chat) => chat.messages.map(({ role, content }) => ({ role, content }));
+// What was said before the message at `index`, as models read it.
+function promptOf(chat, index, system) {
+  const said = chat.messages.slice(0, index).map(({ role, content }) => ({ role, content }));
+  return system ? [{ role: "system", content: system }, ...said] : said;
+}
 
 function keep() {
   state.chats = state.chats.filter((chat) => chat.messages.length);
@@ -57,7 +28,6 @@ function keep() {
 function open(chat) {
   state.stop?.abort();
   state.current = chat;
-  state.editing = null;
   at("messages").replaceChildren(...chat.messages.map((_, index) => article(index)));
   scroll(true);
   showHistory();
@@ -89,54 +59,37 @@ function showHistory() {
 }
 
 // ---- messages -------------------------------------------------------------
-function button(words, act, label) {
-  const made = document.createElement("button");
-  Object.assign(made, { type: "button", textContent: words });
-  if (label) { made.title = label; made.setAttribute("aria-label", label); }
-  made.addEventListener("click", act);
-  return made;
-}
-
 function article(index) {
   const message = state.current.messages[index];
-  const made = document.createElement("article");
-  made.className = message.role;
-  made.setAttribute("aria-label", message.role === "user" ? "You said" : "The reply");
+  const made = element("article", { className: message.duel ? "assistant duel" : message.role });
+  made.setAttribute("aria-label", message.role === "user" ? "You said" : message.duel ? "Two replies" : "The reply");
   fill(made, message, index);
   return made;
 }
 
 function fill(made, message, index) {
-  const body = document.createElement("div");
-  body.className = "body";
-  made.replaceChildren();
-  if (message.role === "user") body.textContent = message.content;
-  else {
-    if (message.thought) {
-      const details = document.createElement("details");
-      const summary = document.createElement("summary");
-      summary.textContent = message.content || message.done ? "Thoughts" : "Thinking …";
-      const inner = document.createElement("div");
-      inner.className = "body";
-      render(inner, message.thought);
-      details.append(summary, inner);
-      details.open = made.dataset.open === "true";
-      details.addEventListener("toggle", () => { made.dataset.open = String(details.open); });
-      made.append(details);
-    }
-    render(body, message.content);
-    for (const one of message.calls ?? []) {
-      const details = document.createElement("details");
-      const summary = document.createElement("summary");
-      summary.textContent = `Calls ${one.name}`;
-      const code = document.createElement("pre");
-      code.textContent = one.arguments;
-      details.append(summary, code);
-      made.append(details);
-    }
-    if (!message.done) body.classList.add("caret");
+  if (message.duel) {
+    const last = index === state.current.messages.length - 1;
+    const redraw = () => { fill(made, message, index); keep(); };
+    drawDuel(made, message, {
+      last,
+      again: () => regenerate(index),
+      take: (side) => { take(message, side); redraw(); made.querySelector("section.taken [aria-pressed]").focus(); },
+      vote: async (winner, event) => {
+        const group = event.target.parentElement;
+        const open = [...group.querySelectorAll("button:enabled")];
+        for (const one of open) one.disabled = true;
+        if (await decide(message, promptOf(state.current, index, message.system), winner)) {
+          redraw();
+          scroll(true);
+          if (event.detail === 0) at("prompt").focus();  // by keyboard: the conversation goes on
+        } else for (const one of open) one.disabled = false;
+      },
+    });
+    return;
   }
-  made.append(body);
+  if (message.role === "user") made.replaceChildren(element("div", { className: "body", textContent: message.content }));
+  else draw(made, message);
   if (message.done || message.role === "user") made.append(tools(message, index));
 }
 
@@ -149,7 +102,7 @@ function tools(message, index) {
     return row;
   }
   row.append(button("Again", () => regenerate(index), "Replace this reply by another"));
-  if (state.page.feedback) {
+  if (state.feedback) {
     for (const [words, label, good] of [["Good", "This is a good reply", true], ["Bad", "This is a bad reply", false]]) {
       const made = button(words, () => vote(index, good), label);
       made.setAttribute("aria-pressed", String(message.vote === good));
@@ -157,7 +110,8 @@ function tools(message, index) {
     }
     row.append(button("Correct", () => correct(index), "Write what the reply should have been"));
   }
-  if (message.speed) row.append(Object.assign(document.createElement("span"), { className: "hint", textContent: message.speed }));
+  const about = [state.models.length > 1 && message.model, message.speed].filter(Boolean).join(" · ");
+  if (about) row.append(element("span", { className: "hint", textContent: about }));
   return row;
 }
 
@@ -194,8 +148,6 @@ function regenerate(index) {
 }
 
 // ---- asking ---------------------------------------------------------------
-function say(words) { at("note").textContent = words; }
-
 function scroll(always) {
   const log = at("messages");
   if (always || log.scrollHeight - log.scrollTop - log.clientHeight < 120) log.scrollTop = log.scrollHeight;
@@ -203,17 +155,23 @@ function scroll(always) {
 
 function ask(text) {
   const chat = state.current;
+  const before = chat.messages.length - 1;
   chat.messages.push({ role: "user", content: text });
   chat.title ||= text.slice(0, 60);
+  if (chat.messages[before]?.duel) fill(at("messages").children[before], chat.messages[before], before);
   at("messages").append(article(chat.messages.length - 1));
   answer();
 }
 
 async function answer() {
   const chat = state.current;
-  const asked = bodyOf(messagesOf(chat));
-  const message = { role: "assistant", content: "", thought: "", calls: [], done: false };
-  const index = chat.messages.push(message) - 1;
+  const system = value("system").trim();
+  const index = chat.messages.length;
+  const prompt = promptOf(chat, index, system);
+  const message = { role: "assistant", system };
+  const asked = value("compare") ? contestants() : [state.chosen];
+  Object.assign(message, value("compare") ? newDuel(asked) : newReply(state.chosen));
+  chat.messages.push(message);
   const made = article(index);
   at("messages").append(made);
   at("messages").setAttribute("aria-busy", "true");
@@ -222,66 +180,43 @@ async function answer() {
   state.stop = stop;
   at("send").textContent = "Stop";
   say("");
-  const began = performance.now();
-  let first = 0, pieces = 0, usage = null, drawn = 0;
-  const draw = () => { drawn = 0; if (chat === state.current) { fill(made, message, index); scroll(false); } };
-  try {
-    for await (const piece of reply(asked, value("key"), stop.signal)) {
-      usage = piece.usage ?? usage;
-      const delta = piece.choices[0]?.delta;
-      if (!delta) continue;
-      message.thought += delta.reasoning_content ?? "";
-      message.content += delta.content ?? "";
-      for (const one of delta.tool_calls ?? []) message.calls.push(one.function);
-      if (delta.content || delta.reasoning_content) { pieces += 1; first ||= performance.now(); }
-      const seconds = (performance.now() - first) / 1000;
-      if (pieces > 4) at("rate").textContent = `${(pieces / seconds).toFixed(0)} pieces/s`;
-      drawn ||= requestAnimationFrame(draw);
-    }
-  } catch (error) {
-    if (error.name !== "AbortError") say(error instanceof Refused ? error.message : "the server cannot be reached");
-  }
-  if (usage && first) {
-    const seconds = (performance.now() - first) / 1000;
-    const rate = usage.completion_tokens > 1 ? `, ${((usage.completion_tokens - 1) / seconds).toFixed(1)} tokens/s` : "";
-    message.speed = `${usage.completion_tokens} tokens${rate}, first after ${((first - began) / 1000).toFixed(2)} s`;
-    at("rate").textContent = message.speed;
+  let drawn = 0;
+  const redraw = () => { drawn = 0; if (chat === state.current) { fill(made, message, index); scroll(false); } };
+  const changed = (rate) => {
+    if (!message.duel) at("rate").textContent = rate;
+    drawn ||= requestAnimationFrame(redraw);
+  };
+  const replies = message.duel?.sides ?? [message];
+  const ends = await Promise.allSettled(replies.map((one, n) => hear(one, bodyOf(prompt, one.model, n), stop.signal, changed)));
+  cancelAnimationFrame(drawn);
+  for (const { reason } of ends) {
+    if (reason && reason.name !== "AbortError") say(reason instanceof Refused ? reason.message : "the server cannot be reached");
   }
   message.done = true;
-  if (!message.content && !message.thought && !message.calls.length) {
+  at("rate").textContent = message.speed ?? "";
+  if (replies.every(isEmpty)) {
     chat.messages.splice(index, 1);
     made.remove();
-  } else if (chat === state.current) fill(made, message, index);
+  } else {
+    // What was cut off cannot be judged.
+    if (message.duel && ends.some(({ status }) => status === "rejected")) await decide(message, prompt, "none");
+    else if (message.duel) say("both replies are there: which is better?", true);
+    if (chat === state.current) fill(made, message, index);
+  }
   if (state.stop === stop) {
     state.stop = null;
     at("send").textContent = "Send";
     at("messages").setAttribute("aria-busy", "false");
+    scroll(false);
   }
   keep();
 }
 
 // ---- feedback -------------------------------------------------------------
-async function tell(row) {
-  if (!value("consent")) {
-    say("agree first, under Feedback at the side, that it is kept");
-    at("side").classList.add("open");
-    at("consent").focus();
-    return false;
-  }
-  try {
-    await call("/v1/feedback", { consent: true, model: state.page.model, ...row }, value("key"));
-    say("");
-    return true;
-  } catch (error) {
-    say(error.message);
-    return false;
-  }
-}
-
 async function vote(index, good) {
   const message = state.current.messages[index];
-  const before = bodyOf(messagesOf(state.current).slice(0, index)).messages;
-  if (await tell({ kind: "vote", prompt: before, reply: message.content, good })) {
+  const prompt = promptOf(state.current, index, message.system);
+  if (await tell({ kind: "vote", model: message.model ?? state.chosen, prompt, reply: message.content, good })) {
     message.vote = good;
     fill(at("messages").children[index], message, index);
     keep();
@@ -290,10 +225,10 @@ async function vote(index, good) {
 
 function correct(index) {
   const message = state.current.messages[index];
-  const before = bodyOf(messagesOf(state.current).slice(0, index)).messages;
+  const prompt = promptOf(state.current, index, message.system);
   editor(index, "Keep this correction", async (text) => {
     if (!text || text === message.content) return;
-    if (await tell({ kind: "correction", prompt: before, reply: message.content, better: text })) {
+    if (await tell({ kind: "correction", model: message.model ?? state.chosen, prompt, reply: message.content, better: text })) {
       message.content = text;
       fill(at("messages").children[index], message, index);
       keep();
@@ -319,6 +254,10 @@ function wire() {
     if (state.stop) { state.stop.abort(); return; }
     const text = at("prompt").value.trim();
     if (!text) return;
+    if (isOpen(state.current.messages.at(-1))) {
+      say("vote on the two replies first, or go on without a vote");
+      return;
+    }
     at("prompt").value = "";
     grow();
     ask(text);
@@ -334,7 +273,7 @@ function wire() {
     }
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") state.stop?.abort();
+    if (event.key === "Escape" && !at("ranking").open) state.stop?.abort();
     if (event.key.toLowerCase() === "o" && event.ctrlKey && event.shiftKey) { event.preventDefault(); fresh(); }
   });
   at("fresh").addEventListener("click", fresh);
@@ -349,29 +288,41 @@ function wire() {
     keep();
     fresh();
   });
-  at("defaults").addEventListener("click", () => { store("settings", {}); showSettings({}); });
-  for (const name of SETTINGS) {
-    field(name).addEventListener("input", () => {
-      store("settings", { ...stored("settings", {}), [name]: value(name) });
-      const shown = document.querySelector(`output[for="${name}"]`);
-      if (shown) shown.value = value(name);
-    });
-  }
+  wireSettings();
+  wireArena();
+  at("models").addEventListener("change", () => {
+    state.chosen = value("models");
+    store("model", state.chosen);
+    showModel();
+  });
+  at("compare").addEventListener("change", () => { store("compare", value("compare")); showModel(); });
   at("key").addEventListener("change", () => { sessionStorage.setItem("qmax.key", value("key")); connect(); });
   at("consent").addEventListener("change", () => store("consent", value("consent")));
+}
+
+function showModel() {
+  const choice = state.models.length > 1 && !blind();
+  at("choice").hidden = !choice;
+  at("model").hidden = choice;
+  // Nothing names the two models before the vote.
+  const option = ({ name }) => new Option(name, name, false, name === state.chosen);
+  at("models").replaceChildren(...(choice ? state.models.map(option) : []));
+  at("model").textContent = blind() ? "two at random" : state.chosen || "loading …";
+  document.title = `${blind() ? "two replies" : state.chosen || "…"} · qmax`;
+  const mayReply = blind() ? state.models : [modelOf(state.chosen)];
+  at("enable_thinking").parentElement.hidden = !mayReply.some((one) => one.thinks);
+  showSettings();
 }
 
 async function connect() {
   try {
     const { models, feedback } = await (await call("/ui/page.json", undefined, value("key"))).json();
-    const { name = "", defaults = {}, thinks = false } = models[0] ?? {};
-    state.page = { ready: models.length > 0, model: name, defaults, feedback, thinks };
-    at("model").textContent = state.page.ready ? state.page.model : "loading …";
-    document.title = `${state.page.model || "…"} · qmax`;
-    at("feedback").hidden = !state.page.feedback;
-    at("enable_thinking").parentElement.hidden = !state.page.thinks;
-    showSettings(stored("settings", {}));
-    if (!state.page.ready) setTimeout(connect, 1500);
+    Object.assign(state, { models, feedback });
+    const wanted = models.find((one) => one.name === stored("model", "")) ?? models[0];
+    state.chosen = wanted?.name ?? "";
+    at("feedback").hidden = at("rank").hidden = !feedback;
+    showModel();
+    if (!models.length) setTimeout(connect, 1500);
     else if (state.current?.messages.length) open(state.current);
   } catch {
     at("model").textContent = "the server cannot be reached";
@@ -380,8 +331,12 @@ async function connect() {
 }
 
 theme(stored("theme", matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
+// A reply that was coming when the page was left is not there.
+const isWhole = (message) => message.role === "user" || message.done;
+state.chats = stored("chats", []).map((chat) => ({ ...chat, messages: chat.messages.filter(isWhole) }));
 at("key").value = sessionStorage.getItem("qmax.key") ?? "";
 at("consent").checked = stored("consent", false);
+at("compare").checked = stored("compare", false);
 wire();
 fresh();
 connect();
