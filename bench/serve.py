@@ -106,7 +106,7 @@ class Bench:
         """Requests at random times, beside batches of transformers."""
         rng = np.random.default_rng(SEED)
         prompts = rng.integers(FIRST_TOKEN, SHAPES[shape].model.vocab_size, (COMING, PROMPT)).tolist()
-        times = (np.cumsum(rng.exponential(GAPS[shape], COMING)) - 0.0).tolist()
+        times = np.cumsum(rng.exponential(GAPS[shape], COMING)).tolist()
         new = min(REPLY, self.options.tokens)
         job = {"model": self.model(shape), "prompts": prompts, "times": times, "new": new}
         job["repeats"] = self.options.repeats
@@ -263,7 +263,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options.what = words(options.what, WHAT, "--what")
     options.rounds = (1 if quick else 3) if options.rounds is None else options.rounds
     options.repeats = (2 if quick else 3) if options.repeats is None else options.repeats
-    options.tokens, options.rows, options.shared = 64, (1, 16, 32), 1024
+    options.tokens, options.rows, options.shared = (32, (1, 32), 1024) if quick else (64, (1, 16, 32), 1024)
     if options.rounds < 1 or options.repeats < 1:
         raise UserError("--rounds and --repeats must be at least 1")
     return options
