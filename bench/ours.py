@@ -241,7 +241,7 @@ def measure(job: dict[str, Any]) -> Result:
     """Runs one job."""
     job = dict(job)
     what = job.pop("what")
-    if "shape" in job:
+    if "shape" in job and what != "serving":
         job["shape"] = SHAPES[job["shape"]]
     if what == "parts":
         from bench.parts import parts
@@ -255,6 +255,10 @@ def measure(job: dict[str, Any]) -> Result:
         from bench.linear import delta
 
         return delta(**job)
+    if what == "serving":
+        from bench import serving
+
+        return serving.measure(job["job"])
     return {"train": train, "decode": decode, "prefill": prefill, "loss": loss, "limits": limits}[what](**job)
 
 

@@ -14,6 +14,7 @@ import time
 import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
 
+IMPORTED = time.monotonic()
 LEARNING_RATE, DECAY, BETAS = 3e-4, 0.1, (0.9, 0.95)
 FIRST_TOKEN = 4
 LEAST_SECONDS = 1.0
@@ -110,6 +111,60 @@ def prefill(config, experts, tokens, repeats):
     return {"rates": rates, "spans": clock.spans, "experts": experts[0]}
 
 
+@torch.inference_mode()
+def arrivals(model, prompts, times, new, experts, repeats):
+    """Completed tokens per second and mean latency of greedy replies to requests that come at these times.
+
+    Two ways to make batches take turns. `who waits`: when idle, all that have come by then. `all`: one batch, when the
+    last has come. All prompts are of one length and all replies too, so no row is filled up or waits for another.
+    """
+    network = transformers.AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, experts_implementation=experts, attn_implementation="sdpa"
+    ).eval()
+    more = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+    def generate(rows):
+        ids = torch.tensor([prompts[row] for row in rows])
+        out = network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, **more)
+        return out[:, ids.shape[1] :].tolist()
+
+    def serve(least):
+        start, end, done, latency, replies = time.perf_counter(), 0.0, 0, [], []
+        while done < len(times):
+            now = time.perf_counter() - start
+            came = sum(at <= now for at in times) - done
+            if came < min(least, len(times) - done):
+                time.sleep(max(0.0, times[done + min(least, len(times) - done) - 1] - now))
+                continue
+            replies += generate(range(done, done + came))
+            end = time.perf_counter() - start
+            latency += [end - at for at in times[done : done + came]]
+            done += came
+        return end - times[0], sum(latency) / len(latency), replies
+
+    policies = {"who waits": 1, "all": len(times)}
+    samples = {f"{what}, {name}": [] for name in policies for what in ("rate", "latency")}
+    generate(range(len(times)))
+    begin, replies = time.monotonic(), []
+    for _ in range(repeats):
+        for name, least in policies.items():
+            seconds, latency, replies = serve(least)
+            samples[f"rate, {name}"].append(len(times) * new / seconds)
+            samples[f"latency, {name}"].append(latency)
+    return {"samples": samples, "replies": replies, "spans": [(begin, time.monotonic())]}
+
+
+def start(model, began, prompt):
+    """Seconds to the first token of a process that was started at `began`, by parts."""
+    parts = {"import": [IMPORTED - began]}
+    network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    loaded = time.monotonic()
+    with torch.inference_mode():
+        network.generate(torch.arange(4, 4 + prompt)[None], max_new_tokens=1, do_sample=False, pad_token_id=0)
+    parts |= {"read weights": [loaded - IMPORTED], "first token": [time.monotonic() - loaded]}
+    return {"samples": parts}
+
+
 def delta(config, tokens, repeats):
     """Tokens per second of one Gated DeltaNet layer of Qwen3-Next, forward and backward."""
     from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet  # pyright: ignore
@@ -133,7 +188,8 @@ def delta(config, tokens, repeats):
 def main():
     """Measures the job in the first argument and prints the result."""
     job = json.loads(sys.argv[1])
-    result = {"train": train, "decode": decode, "prefill": prefill, "delta": delta}[job.pop("what")](**job)
+    jobs = {"train": train, "decode": decode, "prefill": prefill, "delta": delta, "arrivals": arrivals, "start": start}
+    result = jobs[job.pop("what")](**job)
     result["versions"] = {"transformers": transformers.__version__, "torch": torch.__version__}
     result["threads"] = torch.get_num_threads()
     print(json.dumps(result), flush=True)

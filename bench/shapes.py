@@ -111,7 +111,7 @@ def _qwen3_moe(
     )
 
 
-TOY = Shape("toy", _qwen3_moe(64, 32, 1, 4, 8, 4, 2, 16), batch=2, seq=16, prompt=16, new=8, prefill=32)
+TOY = Shape("toy", _qwen3_moe(512, 32, 1, 4, 8, 4, 2, 16), batch=2, seq=16, prompt=16, new=8, prefill=32)
 
 SHAPES = {
     shape.name: shape

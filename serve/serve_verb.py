@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import ipaddress
 import json
 import logging
@@ -215,9 +216,13 @@ def lead(args: argparse.Namespace, placement: Placement, keys: tuple[str, ...], 
             shared.services = {service.name: service for service in loaded}
             shared.state = "ready"
             watch(shared.metrics, loaded)
-            for service in loaded:
-                service.engine.device.programs.prepare()  # the rest of them
+            made = [one for service in loaded for one in service.engine.device.programs.prepare()]
             print(f"serving {' and '.join(shared.services)}", file=sys.stderr, flush=True)
+            await asyncio.wait([asyncio.wrap_future(one) for one in made])
+            # What is there now stays, and most of it is jax's: every full collection would look at all of it, and
+            # all streams would wait for an eighth of a second.
+            gc.collect()
+            gc.freeze()
         except Exception as error:  # it is told by the main thread, as every verb's errors are
             failed.append(error)
             server.should_exit = True
