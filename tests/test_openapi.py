@@ -62,10 +62,13 @@ NARROWED: dict[str, Any] = {
     "chat_template_kwargs": {**OBJECT, "properties": {"enable_thinking": {"type": "boolean"}}},
 }
 """What random data would seldom hit, or what would take long."""
+SIDE = {**OBJECT, "properties": {"model": {"const": "tiny"}, "reply": WORDS}, "required": ["model", "reply"]}
 OWN = {
     "ChatBody": {"logprobs": {"const": True}},
     "CompletionBody": {"prompt": {"anyOf": [WORDS, IDS]}, "logprobs": {"enum": [0, 2]}},
-    "FeedbackBody": {"prompt": MESSAGES, "good": {"type": "boolean"}, "better": WORDS},
+    "VoteBody": {"prompt": MESSAGES},
+    "CorrectionBody": {"prompt": MESSAGES, "better": {"const": "better"}, "reply": {"enum": ["", "worse"]}},
+    "ArenaBody": {"prompt": MESSAGES, "a": SIDE, "b": SIDE, "winner": {"const": "tie"}},
 }
 """The same for fields that are something else in each body."""
 ALWAYS = {"logprobs", "stream", "good", "better"}
@@ -84,7 +87,15 @@ def written(shared: Served) -> dict[str, Any]:
     return httpx.get(f"{shared.address}/openapi.json", headers=HEADERS).json()
 
 
-def narrowed(written: dict[str, Any], *, stream: bool) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def past(shared: Served) -> list[str]:
+    """Responses that the server has kept."""
+    asked = {"model": "tiny", "input": "The sun", "max_output_tokens": 2}
+    made = [httpx.post(f"{shared.address}/v1/responses", json=asked, headers=HEADERS) for _ in range(2)]
+    return [one.json()["id"] for one in made]
+
+
+def narrowed(written: dict[str, Any], past: list[str], *, stream: bool) -> dict[str, Any]:
     """The same with requests that more often make sense, and that ask for streams or do not."""
     found = copy.deepcopy(written)
     for name, part in found["components"]["schemas"].items():
@@ -92,7 +103,15 @@ def narrowed(written: dict[str, Any], *, stream: bool) -> dict[str, Any]:
             narrow = {**NARROWED, **OWN.get(name, {}), "stream": {"const": stream}}
             part["properties"] |= {field: narrow[field] for field in part["properties"].keys() & narrow.keys()}
             part["required"] = [*part.get("required", ()), *sorted(part["properties"].keys() & ALWAYS)]
-    found["paths"]["/v1/models/{name}"]["get"]["parameters"][0]["schema"] = {"enum": ["tiny", "tin"]}
+    kept, gone = past
+    names = {
+        "/v1/models/{name}": {"get": ["tiny", "tin"]},
+        "/v1/responses/{name}": {"get": [kept, "resp"], "delete": [gone, "resp"]},
+        "/v1/responses/{name}/input_items": {"get": [kept, "resp"]},
+    }
+    for path, methods in names.items():
+        for method, known in methods.items():
+            found["paths"][path][method]["parameters"][0]["schema"] = {"enum": known}
     return found
 
 
@@ -104,10 +123,12 @@ CASES = [
 
 
 @pytest.mark.parametrize(("endpoint", "how"), CASES)
-def test_answers_are_as_they_are_written(shared: Served, written: dict[str, Any], endpoint: str, how: str) -> None:
+def test_answers_are_as_they_are_written(
+    shared: Served, written: dict[str, Any], past: list[str], endpoint: str, how: str
+) -> None:
     method, path = endpoint.split()
     wrong = how == "wrong"
-    schema = schemathesis.openapi.from_dict(written if wrong else narrowed(written, stream=how == "stream"))
+    schema = schemathesis.openapi.from_dict(written if wrong else narrowed(written, past, stream=how == "stream"))
     operation: Any = schema[path][method]
     mode = schemathesis.GenerationMode.NEGATIVE if wrong else schemathesis.GenerationMode.POSITIVE
     seen: Counter[tuple[int, bool]] = Counter()

@@ -1,251 +1,38 @@
-"""What the endpoints answer, for /openapi.json. The models describe replies; nothing runs through them."""
+"""What each endpoint answers, for /openapi.json."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-
-class Answer(BaseModel):
-    """What all replies have in common: a field that is not named here is never sent."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class ErrorDetail(Answer):
-    """What went wrong, in one sentence, and which parameter it is about."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorReply(Answer):
-    """A refusal."""
-
-    error: ErrorDetail
-
-
-class Health(Answer):
-    """How the server is."""
-
-    status: Literal["loading", "ready", "draining", "failed"]
-
-
-class ModelCard(Answer):
-    """A model that is served."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    max_model_len: int
-
-
-class ModelList(Answer):
-    """All models that are served."""
-
-    object: Literal["list"]
-    data: list[ModelCard]
-
-
-class PromptDetails(Answer):
-    """Tokens of the prompt that had been read before."""
-
-    cached_tokens: int
-
-
-class Usage(Answer):
-    """Tokens read and generated."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptDetails
-
-
-class Reply(Answer):
-    """What begins every reply of a model."""
-
-    id: str
-    created: int
-    model: str
-
-
-# ---- conversations ------------------------------------------------------------------
-ChatEnd = Literal["stop", "length", "tool_calls"]
-
-
-class FunctionCalled(Answer):
-    """A function and its arguments, as JSON in a text."""
-
-    name: str
-    arguments: str
-
-
-class ToolCalled(Answer):
-    """A call that the model asks for."""
-
-    id: str
-    type: Literal["function"]
-    function: FunctionCalled
-
-
-class ToolCalledPiece(ToolCalled):
-    """A call in a stream; it comes whole."""
-
-    index: int
-
-
-class LikelyToken(Answer):
-    """A token and its log-probability."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatToken(LikelyToken):
-    """A token of the reply, with the likeliest ones in its place."""
-
-    top_logprobs: list[LikelyToken]
-
-
-class ChatLogprobs(Answer):
-    """Log-probabilities of a reply, thoughts and calls included."""
-
-    content: list[ChatToken]
-    refusal: None
-
-
-class ChatMessage(Answer):
-    """What the model says. Thoughts have both names that are in use, and are left out where there are none."""
-
-    role: Literal["assistant"]
-    content: str | None
-    refusal: None
-    reasoning_content: str = ""
-    reasoning: str = ""
-    tool_calls: list[ToolCalled] = Field(default_factory=list)
-
-
-class ChatChoice(Answer):
-    """One of the replies."""
-
-    index: int
-    message: ChatMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: ChatEnd
-
-
-class ChatReply(Reply):
-    """A conversation's next message."""
-
-    object: Literal["chat.completion"]
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class ChatDelta(Answer):
-    """What a piece adds to the message."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str = ""
-    reasoning_content: str = ""
-    reasoning: str = ""
-    tool_calls: list[ToolCalledPiece] = Field(default_factory=list)
-
-
-class ChatPieceChoice(Answer):
-    """A piece of one of the replies; its last one says how it ended."""
-
-    index: int
-    delta: ChatDelta
-    logprobs: ChatLogprobs | None
-    finish_reason: ChatEnd | None
-
-
-class ChatPiece(Reply):
-    """A piece of a conversation's next message. Usage comes last, if it was asked for."""
-
-    object: Literal["chat.completion.chunk"]
-    choices: list[ChatPieceChoice]
-    usage: Usage | None = None
-
-
-# ---- completions --------------------------------------------------------------------
-CompletionEnd = Literal["stop", "length"]
-
-
-class CompletionLogprobs(Answer):
-    """Log-probabilities of a text; None for the first token of all, before which there is nothing."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-class CompletionChoice(Answer):
-    """One of the texts."""
-
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None
-    finish_reason: CompletionEnd
-
-
-class CompletionReply(Reply):
-    """How texts go on."""
-
-    object: Literal["text_completion"]
-    choices: list[CompletionChoice]
-    usage: Usage
-
-
-class CompletionPieceChoice(Answer):
-    """A piece of one of the texts; its last one says how it ended."""
-
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None
-    finish_reason: CompletionEnd | None
-
-
-class CompletionPiece(Reply):
-    """A piece of how texts go on. Usage comes last, if it was asked for."""
-
-    object: Literal["text_completion"]
-    choices: list[CompletionPieceChoice]
-    usage: Usage | None = None
-
-
-# ---- tokens and feedback ------------------------------------------------------------
-class Tokens(Answer):
-    """A text as tokens, and how many a request may have."""
-
-    tokens: list[int]
-    count: int
-    max_model_len: int
-
-
-class Text(Answer):
-    """Tokens as text."""
-
-    prompt: str
-
-
-class FeedbackKept(Answer):
-    """What was said of a reply has been written down."""
-
-    object: Literal["feedback"]
-    kept: Literal[True]
+from serve.api.answers import (
+    ChatPiece,
+    ChatReply,
+    CompletionPiece,
+    CompletionReply,
+    EmbeddingReply,
+    ErrorReply,
+    FeedbackKept,
+    Health,
+    MessageError,
+    MessageEvent,
+    MessageReply,
+    ModelCard,
+    ModelList,
+    ResponseDeleted,
+    ResponseEvent,
+    ResponseItems,
+    ResponseReply,
+    Standings,
+    Text,
+    Tokens,
+    TokensCounted,
+)
 
 
 # ---- which endpoint answers what ----------------------------------------------------
@@ -254,7 +41,8 @@ class Answers:
     """What an endpoint answers.
 
     whole: with status 200; None for plain text. piece: an event of its stream, where it has one. refusals: statuses
-    with `error`, beside those that every endpoint has. states: statuses that have the body of 200.
+    with `error`, beside those that every endpoint has. states: statuses that have the body of 200. named: events have
+    names, and none says that the stream is over.
     """
 
     whole: type[BaseModel] | None
@@ -262,6 +50,7 @@ class Answers:
     refusals: tuple[int, ...] = ()
     states: tuple[int, ...] = ()
     error: type[BaseModel] = ErrorReply
+    named: bool = False
 
     @property
     def models(self) -> Iterator[type[BaseModel]]:
@@ -275,11 +64,19 @@ GENERATION = (400, 404, 408, 429, 503)
 ANSWERS = {
     "POST /v1/chat/completions": Answers(ChatReply, ChatPiece, GENERATION),
     "POST /v1/completions": Answers(CompletionReply, CompletionPiece, GENERATION),
+    "POST /v1/responses": Answers(ResponseReply, ResponseEvent, GENERATION, named=True),
+    "GET /v1/responses/{name}": Answers(ResponseReply, refusals=(400, 404)),
+    "DELETE /v1/responses/{name}": Answers(ResponseDeleted, refusals=(404,)),
+    "GET /v1/responses/{name}/input_items": Answers(ResponseItems, refusals=(400, 404)),
+    "POST /v1/messages": Answers(MessageReply, MessageEvent, GENERATION, error=MessageError, named=True),
+    "POST /v1/messages/count_tokens": Answers(TokensCounted, refusals=(400, 404, 503), error=MessageError),
+    "POST /v1/embeddings": Answers(EmbeddingReply, refusals=(400, 404, 408, 503)),
     "GET /v1/models": Answers(ModelList, refusals=(503,)),
     "GET /v1/models/{name}": Answers(ModelCard, refusals=(404, 503)),
     "POST /tokenize": Answers(Tokens, refusals=(400, 404, 503)),
     "POST /detokenize": Answers(Text, refusals=(400, 404, 503)),
     "POST /v1/feedback": Answers(FeedbackKept, refusals=(400, 404)),
+    "GET /v1/arena": Answers(Standings, refusals=(404,)),
     "GET /health": Answers(Health, states=(503,)),
     "GET /metrics": Answers(None),
 }
@@ -303,7 +100,7 @@ COME_BACK = {"Retry-After": {"required": True, "schema": {"type": "integer"}, "d
 SCHEMES = {"key": {"type": "http", "scheme": "bearer"}, "x-api-key": {"type": "apiKey", "in": "header"}}
 SCHEMES["x-api-key"]["name"] = "x-api-key"
 DONE = "[DONE]"
-"""The last event of every stream."""
+"""The last event of a stream whose events have no names."""
 
 
 def document(app: FastAPI, public: tuple[str, ...], *, keys: bool) -> None:
@@ -351,8 +148,9 @@ def responses(answers: Answers, *, asks: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"200": {"description": WORDS[200], "content": content}}
     found |= {str(status): {"description": WORDS[status], "content": content} for status in answers.states}
     if answers.piece is not None:
-        data = {"anyOf": [{"const": DONE}, said(answers.piece), said(answers.error)]}
-        event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        data = {"anyOf": [*([] if answers.named else [{"const": DONE}]), said(answers.piece), said(answers.error)]}
+        parts = {"data": data, **({"event": {"type": "string"}} if answers.named else {})}
+        event = {"type": "object", "properties": parts, "required": list(parts)}
         found["200"]["content"] = {**content, "text/event-stream": {"itemSchema": event}}
     for status in sorted({*answers.refusals, *EVERYWHERE, *((401,) if asks else ())}):
         found[str(status)] = {
