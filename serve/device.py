@@ -26,6 +26,7 @@ from serve.prompts import embed, score
 from serve.rows import WORDS
 from serve.scheduler import Limits
 from serve.snapshots import Store
+from serve.speculation import verify
 from serve.steps import abstract_state, allow, begin, empty_state, step
 from serve.weights import abstract_weights, decode_weights
 from sharding.rules import constrain
@@ -43,7 +44,7 @@ class Device:
         limits: the sizes that the scheduler works with. pages: of all devices together. vocab_limit: rows of the
             embedding that are tokens. snapshots: places for what linear layers remember, of all devices together.
         led: of several processes the others do what process 0 says; otherwise all have the same requests.
-        adapters: each row may have one of them.
+        adapters: each row may have one of them. guesses: tokens that a step may guess, see `serve.speculation`.
     """
 
     def __init__(
@@ -58,9 +59,11 @@ class Device:
         weight_type: WeightType,
         led: bool,
         adapters: Sequence[Adapter] = (),
+        guesses: int = 0,
     ):
         self.config, self.mesh, self.limits, self.pages = model.config, mesh, limits, pages
         self.weight_type: WeightType = weight_type
+        self._guesses = guesses
         self._vocab_limit, self._dtype = vocab_limit, jnp.dtype(model.dtype)
         self.many = jax.process_count() > 1
         self.led = led and self.many
@@ -99,7 +102,8 @@ class Device:
         rows = [own] if limits.deterministic else [*[n for n in (1, 4, 16, 64, 256) if n < own], own]
         chunks = [(n, tokens) for n, tokens in limits.chunks if n == 1 or not limits.deterministic]
         decode, read = ([Shape(n * shards) for n in rows], [Shape(n * shards, tokens) for n, tokens in chunks])
-        return [read[0], decode[0], *decode[1:], *read[1:]]
+        guessed = [Shape(n * shards, 1 + self._guesses, guessed=True) for n in rows] if self._guesses else []
+        return [read[0], decode[0], *guessed[:1], *decode[1:], *guessed[1:], *read[1:]]
 
     def _compile(self, shape: Shape) -> Program:
         """The step for one shape."""
@@ -107,7 +111,8 @@ class Device:
 
         def engine_step(weights: Weights, *args: Any) -> Any:
             sizes = {"page": limits.page, "shards": limits.shards, "vocab_limit": self._vocab_limit}
-            return step(self.with_leaves(weights[0]), *args, **sizes, adapters=weights[1])
+            function = verify if shape.guessed else step
+            return function(self.with_leaves(weights[0]), *args, **sizes, adapters=weights[1])
 
         leaves = jax.tree.leaves(abstract_weights(self.config, self._dtype, self.mesh, self.weight_type))
         state = abstract_state(self.config, limits.slots, self.pages, limits.page, self._dtype, self.mesh)

@@ -73,6 +73,8 @@ class Engine:
         deterministic: a reply has the same bits whatever is generated beside it: every step then has all slots, and
             prompts are read one at a time, in pieces that their own length decides.
         weight_type: int8 to keep matrices in 8 bits, each output channel with its scale.
+        guesses: tokens that a step may guess from what came before, and keep where they come true, see
+            `serve.speculation`; requests with penalties or a constraint go without.
         adapters: adapters of low rank; a request names one by its number, counted from 1, see `request`.
         led: of several processes the others `device.follow()`: process 0 alone has requests. Otherwise all of them have
             the same ones, with seeds, and make the same steps of them.
@@ -93,11 +95,12 @@ class Engine:
         snapshots: int = 32,
         deterministic: bool = False,
         weight_type: WeightType = "same",
+        guesses: int = 0,
         adapters: Sequence[Adapter] = (),
         led: bool = False,
     ):
         self.config, self.tokenizer, self.mesh = model.config, tokenizer, mesh
-        self._check(slots, context, pages)
+        self._check(slots, context, pages, guesses)
         self.context = min(context or self.config.max_positions, self.config.max_positions)
         self.page = page_size(self.context)
         width = -(-self.context // self.page)
@@ -122,7 +125,9 @@ class Engine:
             weight_type=weight_type,
             led=led,
             adapters=adapters,
+            guesses=guesses,
         )
+        self.guesses, self.guesses_made, self.guesses_kept = guesses, 0, 0
         pools = [PagePool(self.pages // shards) for _ in range(shards)]
         self.scheduler = Scheduler(self.limits, pools, [Snapshots(kept // shards) for _ in range(shards)])
         self.lines = Lines(self.limits)
@@ -130,13 +135,18 @@ class Engine:
         self._commands: deque[tuple[Request, bool]] = deque()
         self._stepping = threading.Lock()
 
-    def _check(self, slots: int, context: int | None, pages: int | None) -> None:
+    def _check(self, slots: int, context: int | None, pages: int | None, guesses: int) -> None:
         if self.tokenizer.vocab_size > self.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens and the model {self.config.vocab_size}; "
                 "use the tokenizer that the model was trained with"
             )
-        for name, value, least in (("slots", slots, 1), ("context", context, 2), ("pages", pages, 1)):
+        for name, value, least in (
+            ("slots", slots, 1),
+            ("context", context, 2),
+            ("pages", pages, 1),
+            ("guesses", guesses, 0),
+        ):
             if value is not None and value < least:
                 raise UserError(f"{name}={value} must be {least} or more")
 
@@ -277,8 +287,8 @@ class Engine:
         """Sends the next step to the device and reads the one before; False if there was nothing to do."""
         with self._stepping:
             self._obey()
-            if any(request.constraint is not None for request in self.scheduler.running):
-                while self._sent:  # what may come next depends on what has come
+            if self.guesses or any(request.constraint is not None for request in self.scheduler.running):
+                while self._sent:  # what may come next, or is guessed to, depends on what has come
                     self._receive(self._sent.popleft())
             work = self.scheduler.next()
             before = len(self._sent)
@@ -310,15 +320,26 @@ class Engine:
         """One more token of each of these rows."""
         found = [(request, request.place) for request in requests if request.place is not None]
         slots = [place.slot for _, place in found]
-        counts = np.bincount([slot // self.limits.slots_of_shard for slot in slots])
-        shape = next(
-            s for s in self.device.programs.shapes if not s.tokens and s.rows >= counts.max() * self.limits.shards
-        )
-        for _, place in found:
-            self.lines.put(place, length=place.length - 1, count=1, step=place.sampled - 1, keep=True)
+        most = np.bincount([slot // self.limits.slots_of_shard for slot in slots]).max() * self.limits.shards
+        guesses = [self._guess(*one) for one in found]
+        guessed, shapes = any(guesses), self.device.programs.shapes
+        shape = next(s for s in shapes if s.guessed == guessed and (guessed or not s.tokens) and s.rows >= most)
+        for (_, place), guess in zip(found, guesses, strict=True):
+            self.lines.put(place, length=place.length - 1, count=1 + len(guess), step=place.sampled - 1, keep=True)
         places, words = self.lines.words(slots, shape.rows, in_place=shape.rows == self.limits.slots)
-        output = self.device.step(shape, words)
+        tokens_RT = np.zeros((shape.rows, shape.tokens), np.int32)
+        for row, guess in zip(places, guesses, strict=True):
+            tokens_RT[row, 1 : 1 + len(guess)] = guess
+        output = self.device.step(shape, words, *([tokens_RT] if guessed else []))
+        self.guesses_made += sum(map(len, guesses))
         return self._send(output, [(row, *one) for row, one in zip(places, found, strict=True)])
+
+    def _guess(self, request: Request, place: Place) -> list[int]:
+        """What may follow the row's last token, as far as it has room."""
+        if not self.guesses or request.sampling.penalised or request.constraint is not None:
+            return []
+        room = min(request.max_tokens - place.sampled, len(place.pages) * self.page - place.length, self.guesses)
+        return request.lookup.guess(request.known, room) if room > 0 else []
 
     def _read_prompts(self, size: tuple[int, int], chunks: Sequence[Chunk]) -> Sent:
         """Reads these pieces of prompts; of those that end one token is drawn."""
@@ -393,15 +414,25 @@ class Engine:
         """Reads what a step drew and gives it to those who still run where they did."""
         if not sent.rows:
             return
-        tokens, logprobs, top_tokens, top_logprobs = unpack(sent.output)
+        drawn = unpack(sent.output)
         for row, request, place in sent.rows:
             if request.place is not place:  # it has ended, or will be read again
                 continue
-            if count := request.sampling.top_logprobs:
-                pairs = zip(top_tokens[row, :count].tolist(), top_logprobs[row, :count].tolist(), strict=True)
-                request.top.append(list(pairs))
-            request.take(tokens[row], logprobs[row])
-            if request.finish_reason is not None:
-                self.scheduler.remove(request)
-            if request.on_token is not None:
-                request.on_token(request, tokens[row], logprobs[row])
+            self.guesses_kept += len(drawn[0][row]) - 1
+            place.length += len(drawn[0][row]) - 1
+            place.sampled += len(drawn[0][row]) - 1
+            for token, logprob, top_tokens, top_logprobs in zip(*(part[row] for part in drawn), strict=False):
+                if request.finish_reason is not None:
+                    break
+                self._take(request, token, logprob, top_tokens, top_logprobs)
+
+    def _take(self, request: Request, token: int, logprob: float, top_tokens: Any, top_logprobs: Any) -> None:
+        """One more token of a reply."""
+        if count := request.sampling.top_logprobs:
+            pairs = zip(top_tokens[:count].tolist(), top_logprobs[:count].tolist(), strict=True)
+            request.top.append(list(pairs))
+        request.take(token, logprob)
+        if request.finish_reason is not None:
+            self.scheduler.remove(request)
+        if request.on_token is not None:
+            request.on_token(request, token, logprob)

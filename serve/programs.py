@@ -14,10 +14,14 @@ Program = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Shape:
-    """Rows of all devices, and tokens that each reads; 0: each row's last token, which lies on the device."""
+    """Rows of all devices, and tokens that each reads; 0: each row's last token, which lies on the device.
+
+    guessed: those after the first are guesses, see `serve.speculation`.
+    """
 
     rows: int
     tokens: int = 0
+    guessed: bool = False
 
 
 class Programs:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from serve.lookup import Lookup
 from serve.pages import Key
 from serve.sampling_params import SamplingParams
 
@@ -73,6 +74,7 @@ class Request:
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
     place: Place | None = None
+    lookup: Lookup = field(default_factory=Lookup)
 
     def take(self, token: int, logprob: float) -> None:
         """Adds a token, and notes the end if this is it."""

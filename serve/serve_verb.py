@@ -100,6 +100,12 @@ def _parser() -> Parser:
     add("slots", int, 16, "requests that run at the same time")
     add("context", int, None, "most positions of a request (default: the model's)")
     add("pages", int, None, "pages of keys and values (default: enough, or as many as fit into half the free memory)")
+    add(
+        "guesses",
+        int,
+        0,
+        "tokens that a step may guess from what came before; faster where replies repeat their prompt",
+    )
     add("queue", int, 256, "requests that may wait; further ones get 429")
     add("timeout", float, 600.0, "seconds that a request may take", "SECONDS")
     add("max-body", int, 32 * 2**20, "bytes of a request", "BYTES")
@@ -268,6 +274,7 @@ def load_engine(args: argparse.Namespace, path: Path, placement: Placement) -> t
         pages=args.pages,
         deterministic=args.deterministic,
         weight_type=args.weights,
+        guesses=args.guesses,
         adapters=adapters,
         led=True,
     )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from model.adapters import Adapters
 from model.cache import Cache, empty_layer, lay_out, layer_axes
@@ -94,21 +94,11 @@ def step(
     rows = unpack_rows(words_RW)
     if adapters is not None:
         model = adapters.on(model, constrain(rows.adapter_R, "batch"))
-    slots = len(state.last_S)
     if tokens_RT is None:
         tokens_RT = state.last_S[rows.slot_R][:, None]
-    in_place = len(words_RW) == slots and tokens_RT.shape[1] == 1
-
-    def lay(x: Array) -> Array:
-        return constrain(x, "batch", *[None] * (x.ndim - 1))
-
-    own_R = None if in_place else lay(rows.slot_R % (slots // shards))
-    cache = Cache(state.layers, lay(rows.length_R), lay(rows.table_RX), page, slots_B=own_R)
-    valid_RT = jnp.arange(tokens_RT.shape[1]) < rows.count_R[:, None]
-    result = forward(model, continuation(lay(tokens_RT), cache.lengths_B, lay(valid_RT)), cache)
-    assert result.cache is not None
-    end_R = jnp.maximum(rows.count_R - 1, 0)
-    hidden_RD = jnp.take_along_axis(result.hidden_BTD, lay(end_R)[:, None, None], axis=1)[:, 0]
+    hidden_RTD, layers = read(model, state, rows, tokens_RT, rows.count_R, page=page, shards=shards)
+    end_R = constrain(jnp.maximum(rows.count_R - 1, 0), "batch")
+    hidden_RD = jnp.take_along_axis(hidden_RTD, end_R[:, None, None], axis=1)[:, 0]
     logits_RV = unembed(model, hidden_RD)
     with jax.named_scope("sample"):
         token_R, output_RY = draw(logits_RV, rows, state.tables, vocab_limit)
@@ -116,7 +106,32 @@ def step(
     kept_R = jnp.where((rows.keep_R > 0) & (rows.count_R > 0), rows.slot_R, NOBODY)
     tables = replace(state.tables, seen_SV=state.tables.seen_SV.at[kept_R, token_R].add(1, mode="drop"))
     last_S = state.last_S.at[kept_R].set(token_R, mode="drop")
-    return laid_out(model.config, State(result.cache.layers, last_S, tables)), constrain(output_RY, None, None)
+    return laid_out(model.config, State(layers, last_S, tables)), constrain(output_RY, None, None)
+
+
+def read(
+    model: Transformer,
+    state: State,
+    rows: Rows,
+    tokens_RT: Int[Array, "R T"],
+    count_R: Int[Array, " R"],
+    *,
+    page: int,
+    shards: int,
+) -> tuple[Float[Array, "R T D"], tuple[tuple[Array, ...], ...]]:
+    """Hidden states of the first `count` tokens of each row, and what layers remember after them."""
+
+    def lay(x: Array) -> Array:
+        return constrain(x, "batch", *[None] * (x.ndim - 1))
+
+    slots, (count, length) = len(state.last_S), tokens_RT.shape
+    in_place = count == slots and length == 1
+    own_R = None if in_place else lay(rows.slot_R % (slots // shards))
+    cache = Cache(state.layers, lay(rows.length_R), lay(rows.table_RX), page, slots_B=own_R)
+    valid_RT = jnp.arange(length) < count_R[:, None]
+    result = forward(model, continuation(lay(tokens_RT), cache.lengths_B, lay(valid_RT)), cache)
+    assert result.cache is not None
+    return result.hidden_BTD, result.cache.layers
 
 
 def draw(logits_RV: Array, rows: Rows, tables: Tables, vocab_limit: int) -> tuple[Array, Array]:
@@ -127,12 +142,17 @@ def draw(logits_RV: Array, rows: Rows, tables: Tables, vocab_limit: int) -> tupl
     return token_R, jnp.concatenate([drawn_R2, most_likely(logits_RV, rows)], axis=1)
 
 
-def unpack(output: Array) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
-    """What `step` gave, on the host: tokens, log-probabilities, and the most likely ones; waits for the step."""
+def unpack(output: Array) -> tuple[list[list[int]], list[list[float]], np.ndarray, np.ndarray]:
+    """What `step` gave, on the host; waits for it.
+
+    Of each row the tokens that were drawn, their log-probabilities, and `[R, T, A]` the most likely ones with theirs.
+    """
     words = np.asarray(output)
-    count = (words.shape[1] - 2) // 2
-    top = words[:, 2 : 2 + count], words[:, 2 + count :].view(np.float32)
-    return words[:, 0].tolist(), words[:, 1].copy().view(np.float32).tolist(), *top
+    words = words.reshape(len(words), -1, words.shape[-1])  # of each row one place, or as many as were guessed
+    count = (words.shape[2] - 2) // 2
+    tokens = [[token for token in row if token >= 0] for row in words[:, :, 0].tolist()]
+    logprobs = words[:, :, 1].copy().view(np.float32).tolist()
+    return tokens, logprobs, words[:, :, 2 : 2 + count], words[:, :, 2 + count :].view(np.float32)
 
 
 def begin(state: State, slot: Any, seen_V: Any, bias_V: Any) -> State:

@@ -349,3 +349,5 @@ def watch(metrics: Metrics, services: Sequence[Service]) -> None:
     total("qmax_pages", "Pages of keys and values", lambda runner: runner.engine.pages)
     preempted = "Rows that were put back for want of pages", lambda runner: runner.engine.scheduler.preemptions
     total("qmax_preemptions", *preempted)
+    total("qmax_guesses", "Tokens that steps guessed", lambda runner: runner.engine.guesses_made)
+    total("qmax_guesses_kept", "Guesses that came true", lambda runner: runner.engine.guesses_kept)

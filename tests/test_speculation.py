@@ -1,0 +1,92 @@
+"""Law: guesses change the number of steps and nothing else; those that do not come true leave no trace."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from errors import UserError
+from model.transformer import Transformer
+from serve.engine import Engine
+from serve.lookup import LONGEST, SHORTEST, Lookup
+from serve.request import Completion
+from serve.sampling_params import SamplingParams
+from tests.test_lora import MODELS
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=40, stop_ids=())
+ASKED = [
+    GREEDY,
+    replace(GREEDY, temperature=0.7, seed=3, top_k=3),
+    replace(GREEDY, max_tokens=7, top_logprobs=4),
+    replace(GREEDY, presence_penalty=1.0),
+    replace(GREEDY, stop_ids=tuple(range(8, 12)), min_tokens=5, logit_bias=((9, 0.5),)),
+]
+PROMPTS = [[2, 3, 4, 5] * 4, [7, 8, 9] * 5, [5, 6] * 9, [2, 3, 4] * 3, list(range(2, 40))]
+
+
+class Words:
+    vocab_size = 64
+    stop_ids = (1,)
+
+
+def same(found: list[Completion], wanted: list[Completion]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.tokens, one.finish_reason) == (other.tokens, other.finish_reason)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+        assert [[token for token, _ in top] for top in one.top] == [[token for token, _ in top] for top in other.top]
+
+
+FULL = [pytest.param(kind, marks=pytest.mark.full) for kind in ("moe", "latent")]
+
+
+@pytest.mark.parametrize("kind", ["dense", "hybrid", *FULL])
+def test_replies_are_those_without_guesses(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = jax.jit(lambda: Transformer(MODELS[kind], jax.random.key(2), stacked=False))()
+    plain = Engine(model, Words(), slots=4)
+    wanted = plain.generate(PROMPTS, ASKED)
+    engine = Engine(model, Words(), slots=4, guesses=3)
+    same(engine.generate(PROMPTS, ASKED), wanted)
+    assert 0 < engine.guesses_kept <= engine.guesses_made, "replies of small models repeat themselves"
+
+    draw, guess = random.Random(0), Lookup.guess
+
+    def sometimes_wrong(self: Lookup, tokens: list[int], count: int) -> list[int]:
+        found = guess(self, tokens, count) or [draw.randrange(64) for _ in range(count)]
+        return [token if draw.random() < 0.7 else draw.randrange(64) for token in found]
+
+    monkeypatch.setattr(Lookup, "guess", sometimes_wrong)
+    made, kept = engine.guesses_made, engine.guesses_kept
+    same(engine.generate(PROMPTS, ASKED), wanted)
+    assert 0 < engine.guesses_kept - kept < engine.guesses_made - made
+    # What was read beside wrong guesses is found by others, who continue it as if there had been none.
+    again = [[*prompt, *reply.tokens] for prompt, reply in zip(PROMPTS, wanted, strict=True)]
+    again = [prompt for prompt in again if len(prompt) < 60]
+    same(engine.generate(again, replace(GREEDY, max_tokens=3)), plain.generate(again, replace(GREEDY, max_tokens=3)))
+    assert engine.scheduler.pools[0].held == 0 and not engine.scheduler.busy
+
+
+def test_as_many_guesses_as_one_likes_but_no_fewer_than_none() -> None:
+    model = Transformer(MODELS["dense"], jax.random.key(2), stacked=False)
+    with pytest.raises(UserError, match="guesses=-1 must be 0 or more"):
+        Engine(model, Words(), guesses=-1)
+
+
+@given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, 5), st.lists(st.integers(1, 6), max_size=8))
+def test_a_guess_is_what_followed_last_time(tokens: list[int], count: int, cuts: list[int]) -> None:
+    lookup, end = Lookup(), 0
+    for cut in [*cuts, 100]:
+        end = min(len(tokens), end + cut)
+        known = tokens[:end]
+        wanted: list[int] = []
+        for size in range(min(LONGEST, end), SHORTEST - 1, -1):
+            places = [at for at in range(size, end) if known[at - size : at] == known[end - size :]]
+            if places:
+                wanted = known[places[-1] : places[-1] + count]
+                break
+        assert lookup.guess(known, count) == wanted
