@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,14 +14,19 @@ import pytest
 
 from model.cache import empty_cache
 from model.forward import continuation, forward, unembed
-from model.quantization import Quantized, quantize
+from model.linear import widened as widened_product
+from model.load import load_model
+from model.quantization import Quantized, WeightType, quantize
 from model.transformer import Transformer
 from model.tree import Skeleton, make_skeleton
 from serve.engine import Engine
+from serve.prompts import Prompts
 from serve.sampling_params import SamplingParams
 from serve.weights import decode_weights
 from sharding.mesh import MeshConfig, make_mesh
 from tests.test_one_forward import NAMES, RICHEST, Words, make, rows_of
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_nearest_of_255_steps() -> None:
@@ -77,3 +85,27 @@ def test_many_devices_reply_as_one(name: str) -> None:
     for a, b in zip(one, many, strict=True):
         assert a.tokens == b.tokens
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("columns", [64, 256, 384])
+@pytest.mark.parametrize("rows", [(1,), (3, 2), (100,)])
+def test_blocks_of_columns_are_the_whole_product(rows: tuple[int, ...], columns: int) -> None:
+    draw = np.random.default_rng(0)
+    x, values = draw.standard_normal((*rows, 48)).astype(np.float32), draw.integers(-127, 128, (48, columns), np.int8)
+    found = jax.jit(widened_product)(x, values)
+    np.testing.assert_allclose(found, x @ values.astype(np.float32), rtol=1e-5, atol=1e-3)
+
+
+def test_perplexity_hardly_changes() -> None:
+    """Of real text under a real model, by less than a hundredth."""
+    model, tokenizer = load_model(ROOT / "tests" / "data" / "stories260K.bin")
+    stories = ROOT / "configs" / "demo_data" / "pretrain_en_tinystories.jsonl.gz"
+    with gzip.open(stories, "rt", encoding="utf-8") as lines:
+        texts = [tokenizer.encode(json.loads(line)["text"])[:256] for line, _ in zip(lines, range(8), strict=False)]
+
+    def total(weight_type: WeightType) -> float:
+        engine = Engine(model, tokenizer, slots=1, context=256, weight_type=weight_type)
+        return sum(x for text in texts for x in Prompts(engine.device).logprobs(text, 0)[0] if x is not None)
+
+    tokens = sum(len(text) - 1 for text in texts)
+    assert tokens > 1000 and abs(np.expm1((total("same") - total("int8")) / tokens)) < 0.01
