@@ -103,7 +103,7 @@ def test_a_run_begins_as_its_model_and_trains_adapters_alone() -> None:
     [
         pytest.param("moe", "stacked", MeshConfig(fsdp=2, expert=2, tensor=2), marks=pytest.mark.full),
         ("moe", "list", MeshConfig(data=2, expert=2, context=2, exchange="all_to_all")),
-        ("latent", "list", MeshConfig(data=2, fsdp=2, tensor=2)),
+        pytest.param("latent", "list", MeshConfig(data=2, fsdp=2, tensor=2), marks=pytest.mark.full),
     ],
     ids=str,
 )
@@ -128,7 +128,7 @@ def test_stored_types() -> None:
     assert np.isfinite(trainer(make_rows(run))["loss"])
 
 
-@pytest.mark.parametrize("layers", ["list", "stacked"])
+@pytest.mark.parametrize("layers", [pytest.param("list", marks=pytest.mark.full), "stacked"])
 def test_a_run_is_read_with_its_adapters_added(layers: str, tmp_path: Path) -> None:
     """From another run, through the front door; and resumed to the same bits."""
     base, tuned = tmp_path / "base", tmp_path / "tuned"

@@ -42,9 +42,10 @@ def page(browser: Browser, served: Served) -> Iterator[Page]:
 
 
 def ask(page: Page, text: str) -> None:
+    before = page.locator("article.assistant").count()
     page.fill("#prompt", text)
     page.keyboard.press("Enter")
-    expect(page.locator("article.assistant .tools").last).to_be_visible(timeout=60_000)
+    expect(page.locator("article.assistant").nth(before).locator(".tools")).to_be_visible(timeout=60_000)
 
 
 def test_a_conversation_that_is_kept(page: Page) -> None:

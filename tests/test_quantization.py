@@ -27,6 +27,7 @@ from sharding.mesh import MeshConfig, make_mesh
 from tests.test_one_forward import NAMES, RICHEST, Words, make, rows_of
 
 ROOT = Path(__file__).resolve().parent.parent
+OFTEN = (NAMES[0], RICHEST, NAMES[-1])
 
 
 def test_the_nearest_of_255_steps() -> None:
@@ -51,7 +52,7 @@ def widened(model: Transformer) -> Transformer:
     return listed.merge({name: plain(leaf, listed.shapes[name]) for name, leaf in weights.items()}, state)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.full) for n in NAMES])
 def test_products_with_8_bits_are_those_with_what_they_stand_for(name: str) -> None:
     """Of a batch, of prompts into a cache, and of one token more."""
     small = decode_weights(make(name), None, "int8")
