@@ -8,6 +8,7 @@ remembers has one size for each row, and lies in a slot.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,9 @@ from jaxtyping import Array, Float, Int
 from model.config import ModelConfig
 from sharding.mesh import BATCH_AXES, platform
 from sharding.rules import constrain, on_own_parts
+
+KVType = Literal["same", "int8"]
+"""How keys, values and latents are stored: in the type that the model computes in, or in 8 bits."""
 
 NOWHERE = 2**30
 """Page of a token that is not kept."""
@@ -97,13 +101,27 @@ def empty_cache(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype)
 
 
 def empty_layer(
-    config: ModelConfig, layer: int, slots: int, pages: int, page: int, dtype: jnp.dtype
+    config: ModelConfig,
+    layer: int,
+    slots: int,
+    pages: int,
+    page: int,
+    dtype: jnp.dtype,
+    kv_type: KVType = "same",
 ) -> tuple[Array, ...]:
     """What layer `layer` remembers before the first token.
 
     Keys and values are `[pages, K, page, H]` each; for TPUs, whose kernel reads them so, `[pages, page, 2K, H]`
-    together, those of each head one after the other. Latents are `[pages, 1, page, U+P]`.
+    together, those of each head one after the other. Latents are `[pages, 1, page, U+P]`. In 8 bits, scales
+    `[pages, K, page, 1]` of each come behind them.
     """
+
+    def empty(*shapes: tuple[int, ...]) -> tuple[Array, ...]:
+        if kv_type == "same":
+            return tuple(jnp.zeros(shape, dtype) for shape in shapes)
+        values = tuple(jnp.zeros(shape, jnp.int8) for shape in shapes)
+        return *values, *(jnp.zeros((*shape[:-1], 1), jnp.float32) for shape in shapes)
+
     linear, latent = config.linear, config.latent
     if config.attention_kind(layer) == "linear":
         past, N = linear.conv_kernel - 1, linear.num_value_heads
@@ -111,21 +129,20 @@ def empty_layer(
         values = jnp.zeros((slots, past, N, linear.value_dim), dtype)
         return keys, keys, values, jnp.zeros((slots, N, linear.key_dim, linear.value_dim), jnp.float32)
     if latent.kv_rank:
-        return (jnp.zeros((pages, 1, page, latent.kv_rank + latent.rope_dim), dtype),)
+        return empty((pages, 1, page, latent.kv_rank + latent.rope_dim))
     K, H = config.num_kv_heads, config.head_dim
-    if platform() == "tpu":
-        return (jnp.zeros((pages, page, 2 * K, H), dtype),)
-    empty = jnp.zeros((pages, K, page, H), dtype)
-    return empty, empty
+    if platform() == "tpu" and kv_type == "same":
+        return empty((pages, page, 2 * K, H))
+    return empty((pages, K, page, H), (pages, K, page, H))
 
 
-def layer_axes(config: ModelConfig, layer: int) -> tuple[tuple[str | None, ...], ...]:
-    """Logical axes of what `empty_layer` gives."""
+def layer_axes(config: ModelConfig, layer: int, count: int) -> tuple[tuple[str | None, ...], ...]:
+    """Logical axes of what `empty_layer` gives, which is `count` arrays."""
     if config.attention_kind(layer) == "linear":
         return SLOTS
     if config.latent.kv_rank:
-        return (LATENTS,)
-    return (PAIRS,) if platform() == "tpu" else (KEYS, KEYS)
+        return (LATENTS,) * count
+    return (PAIRS,) if count == 1 else (KEYS,) * count
 
 
 def make_paging(cache: Cache, segments_BT: Int[Array, "B T"]) -> Paging:
@@ -148,7 +165,25 @@ def write(stored: tuple[Array, ...], new: tuple[Float[Array, "B T K H"], ...], p
         both = jnp.stack(new, axis=3).reshape(*new[0].shape[:2], -1, new[0].shape[3])
         return (_write(stored[0], both, paging, PAIRS, heads_last=True),)
     axes = KEYS if len(new) == 2 else LATENTS
+    if len(stored) > len(new):
+        new = quantized(new)
     return tuple(_write(old, x, paging, axes, heads_last=False) for old, x in zip(stored, new, strict=True))
+
+
+def quantized(new: tuple[Float[Array, "B T K H"], ...]) -> tuple[Array, ...]:
+    """The nearest in 8 bits, each token's head having a scale of its own; the scales come last."""
+    wide = [x.astype(jnp.float32) for x in new]
+    scales = [jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127 for x in wide]
+    values = [jnp.round(x / jnp.where(s == 0, 1, s)) for x, s in zip(wide, scales, strict=True)]
+    return *values, *scales
+
+
+def taken(stored: tuple[Array, ...], pages_M: Int[Array, " M"], parts: int) -> list[Array]:
+    """Of some pages what is stored in `parts` arrays, or in as many of 8 bits with their scales."""
+    found = [jnp.take(x, pages_M, axis=0, mode="clip") for x in stored]
+    if len(stored) == parts:
+        return found
+    return [x.astype(jnp.float32) * scale for x, scale in zip(found[:parts], found[parts:], strict=True)]
 
 
 def _write(pages: Array, new_BTKH: Array, paging: Paging, axes: tuple, *, heads_last: bool) -> Array:
@@ -208,6 +243,8 @@ def put_slots(stored: tuple[Array, ...], new: tuple[Array, ...], paging: Paging)
 def lay_out(config: ModelConfig, layers: tuple[tuple[Array, ...], ...]) -> tuple[tuple[Array, ...], ...]:
     """Layers spread over the mesh in force in the same way after every step, so that they can be donated."""
     return tuple(
-        tuple(constrain(array, *axes) for array, axes in zip(arrays, layer_axes(config, layer), strict=True))
+        tuple(
+            constrain(array, *axes) for array, axes in zip(arrays, layer_axes(config, layer, len(arrays)), strict=True)
+        )
         for layer, arrays in enumerate(layers)
     )

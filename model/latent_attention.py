@@ -58,7 +58,7 @@ class LatentAttention(nnx.Module):
 
     def read(self, stored: tuple[Array, ...], pages_M: Array) -> tuple[Array, Array]:
         """Pages of latents with shared keys, `[M, 1, page, U+P]`, and of latents alone, which stand for the values."""
-        k_M1pU = jnp.take(stored[0], pages_M, axis=0, mode="clip")
+        (k_M1pU,) = kv.taken(stored, pages_M, 1)
         return k_M1pU, k_M1pU[..., : self.rank]
 
     def __call__(
@@ -88,7 +88,9 @@ class LatentAttention(nnx.Module):
                 carried = jnp.einsum("btnh,unh->btnu", q_BTNH[..., : self.plain], k_UNH)
                 q_BTNU = jnp.concatenate([carried, q_BTNH[..., self.plain :]], axis=-1)
                 q_B1NTU = (q_BTNU * self.scale).transpose(0, 2, 1, 3)[:, None]
-                out_B1NTU = page_by_page(q_B1NTU, stored, (kv.LATENTS,), self.read, paging, self.window, None, ABSORBED)
+                out_B1NTU = page_by_page(
+                    q_B1NTU, stored, (kv.LATENTS,) * len(stored), self.read, paging, self.window, None, ABSORBED
+                )
                 out_BTNU = out_B1NTU[:, 0].transpose(0, 2, 1, 3)
                 out_BTNI = jnp.einsum("btnu,uni->btni", out_BTNU, v_UNI)
         out_BTNI = constrain(out_BTNI, "batch", "length", "heads", "head_dim")

@@ -52,7 +52,7 @@ def attend_to_pages(
     grouped = (batch, queries, kv_heads, heads // kv_heads, width)
     q_BKGTH = (q_BTNH * scale).reshape(grouped).transpose(0, 2, 3, 1, 4)
     sinks_KG = None if sinks_N is None else sinks_N.reshape(kv_heads, -1)
-    read, axes = (_pairs, (kv.PAIRS,)) if together else (_keys_and_values, (kv.KEYS, kv.KEYS))
+    read, axes = (_pairs, (kv.PAIRS,)) if together else (_keys_and_values, (kv.KEYS,) * len(stored))
     out_BKGTH = page_by_page(q_BKGTH, stored, axes, read, paging, window, sinks_KG, GROUPED)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, -1)
 
@@ -63,7 +63,7 @@ def _pairs(stored: Stored, pages_M: Array) -> tuple[Array, Array]:
 
 
 def _keys_and_values(stored: Stored, pages_M: Array) -> tuple[Array, Array]:
-    k_MKpH, v_MKpH = (jnp.take(x, pages_M, axis=0, mode="clip") for x in stored)
+    k_MKpH, v_MKpH = kv.taken(stored, pages_M, 2)
     return k_MKpH, v_MKpH
 
 

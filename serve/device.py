@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from model.adapters import Adapter, Adapters
+from model.cache import KVType
 from model.quantization import WeightType
 from model.transformer import Transformer
 from serve.programs import Program, Programs, Shape
@@ -57,12 +58,14 @@ class Device:
         vocab_limit: int,
         snapshots: int,
         weight_type: WeightType,
+        kv_type: KVType,
         led: bool,
         adapters: Sequence[Adapter] = (),
         guesses: int = 0,
     ):
         self.config, self.mesh, self.limits, self.pages = model.config, mesh, limits, pages
         self.weight_type: WeightType = weight_type
+        self._kv_type: KVType = kv_type
         self._guesses = guesses
         self._vocab_limit, self._dtype = vocab_limit, jnp.dtype(model.dtype)
         self.many = jax.process_count() > 1
@@ -70,7 +73,7 @@ class Device:
         self.adapters = self.on_mesh(lambda: Adapters.of(adapters, self._dtype))() if adapters else None
         self._structure: Any = None
         self.update(model)
-        empty = partial(empty_state, self.config, limits.slots, pages, limits.page, self._dtype)
+        empty = partial(empty_state, self.config, limits.slots, pages, limits.page, self._dtype, kv_type)
         self.state = self.on_mesh(jax.jit(empty))()
         self.store = Store(self.config, self._dtype, snapshots, self.on_mesh)
         self._begin, self._allow = (self.on_mesh(jax.jit(f, donate_argnums=0)) for f in (begin, allow))
@@ -115,7 +118,9 @@ class Device:
             return function(self.with_leaves(weights[0]), *args, **sizes, adapters=weights[1])
 
         leaves = jax.tree.leaves(abstract_weights(self.config, self._dtype, self.mesh, self.weight_type))
-        state = abstract_state(self.config, limits.slots, self.pages, limits.page, self._dtype, self.mesh)
+        state = abstract_state(
+            self.config, limits.slots, self.pages, limits.page, self._dtype, self.mesh, self._kv_type
+        )
         args = [
             jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated())
             for x in self._blank("step", self.programs.shapes.index(shape))

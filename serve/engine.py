@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from errors import UserError
 from model.adapters import Adapter
-from model.cache import page_size
+from model.cache import KVType, page_size
 from model.quantization import WeightType
 from model.transformer import Transformer
 from serve.device import Device
@@ -73,6 +73,7 @@ class Engine:
         deterministic: a reply has the same bits whatever is generated beside it: every step then has all slots, and
             prompts are read one at a time, in pieces that their own length decides.
         weight_type: int8 to keep matrices in 8 bits, each output channel with its scale.
+        kv_type: int8 to keep keys and values in 8 bits, each token's heads with scales of their own.
         guesses: tokens that a step may guess from what came before, and keep where they come true, see
             `serve.speculation`; requests with penalties or a constraint go without.
         adapters: adapters of low rank; a request names one by its number, counted from 1, see `request`.
@@ -95,6 +96,7 @@ class Engine:
         snapshots: int = 32,
         deterministic: bool = False,
         weight_type: WeightType = "same",
+        kv_type: KVType = "same",
         guesses: int = 0,
         adapters: Sequence[Adapter] = (),
         led: bool = False,
@@ -106,7 +108,7 @@ class Engine:
         width = -(-self.context // self.page)
         shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         slots = -(-slots // shards) * shards
-        pages = pages or default_pages(self.config, jnp.dtype(model.dtype), self.page, width, slots)
+        pages = pages or default_pages(self.config, jnp.dtype(model.dtype), self.page, width, slots, kv_type)
         if jax.process_count() > 1:  # each has found its own memory; they have to agree
             pages = int(multihost_utils.broadcast_one_to_all(np.int32(pages)))
         self.pages = max(pages // shards, 1) * shards
@@ -123,6 +125,7 @@ class Engine:
             vocab_limit=tokenizer.vocab_size,
             snapshots=kept,
             weight_type=weight_type,
+            kv_type=kv_type,
             led=led,
             adapters=adapters,
             guesses=guesses,

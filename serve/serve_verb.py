@@ -119,6 +119,7 @@ def _parser() -> Parser:
         "--deterministic", action="store_true", help="the same bits whatever else is asked, more slowly"
     )
     parser.add_argument("--weights", choices=("same", "int8"), default="same", help="how matrices are kept")
+    parser.add_argument("--kv", choices=("same", "int8"), default="same", help="how keys and values are kept")
     add_placement(parser)
     return parser
 
@@ -274,6 +275,7 @@ def load_engine(args: argparse.Namespace, path: Path, placement: Placement) -> t
         pages=args.pages,
         deterministic=args.deterministic,
         weight_type=args.weights,
+        kv_type=args.kv,
         guesses=args.guesses,
         adapters=adapters,
         led=True,

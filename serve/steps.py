@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from model.adapters import Adapters
-from model.cache import Cache, empty_layer, lay_out, layer_axes
+from model.cache import Cache, KVType, empty_layer, lay_out, layer_axes
 from model.config import ModelConfig
 from model.forward import continuation, forward, unembed
 from model.transformer import Transformer
@@ -40,14 +40,23 @@ class State:
     tables: Tables
 
 
-def empty_state(config: ModelConfig, slots: int, pages: int, page: int, dtype: jnp.dtype) -> State:
+def empty_state(
+    config: ModelConfig, slots: int, pages: int, page: int, dtype: jnp.dtype, kv_type: KVType = "same"
+) -> State:
     """Nothing yet, in `slots` slots and `pages` pages of all devices together."""
-    layers = tuple(empty_layer(config, layer, slots, pages, page, dtype) for layer in range(config.num_layers))
+    sizes = slots, pages, page, dtype, kv_type
+    layers = tuple(empty_layer(config, layer, *sizes) for layer in range(config.num_layers))
     return laid_out(config, State(layers, jnp.zeros(slots, jnp.int32), empty_tables(slots, config.vocab_size)))
 
 
 def abstract_state(
-    config: ModelConfig, slots: int, pages: int, page: int, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None
+    config: ModelConfig,
+    slots: int,
+    pages: int,
+    page: int,
+    dtype: jnp.dtype,
+    mesh: jax.sharding.Mesh | None,
+    kv_type: KVType = "same",
 ) -> State:
     """Shapes, types and layout of `empty_state`; allocates nothing."""
 
@@ -55,9 +64,9 @@ def abstract_state(
         layout = None if mesh is None else NamedSharding(mesh, spec(axes or (None,) * x.ndim, ACTIVATIONS))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
 
-    state = jax.eval_shape(partial(empty_state, config, slots, pages, page, dtype))
+    state = jax.eval_shape(partial(empty_state, config, slots, pages, page, dtype, kv_type))
     layers: Any = tuple(
-        tuple(lay(x, *axes) for x, axes in zip(arrays, layer_axes(config, layer), strict=True))
+        tuple(lay(x, *axes) for x, axes in zip(arrays, layer_axes(config, layer, len(arrays)), strict=True))
         for layer, arrays in enumerate(state.layers)
     )
     last_S, tables = jax.tree.map(lay, (state.last_S, state.tables))
