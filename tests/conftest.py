@@ -51,8 +51,9 @@ def browser() -> Iterator[Browser]:
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
         pytest.skip("needs chromium")
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=60_000)  # the first replies wait for what is compiled
     with sync_playwright() as driver:
         one = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield one

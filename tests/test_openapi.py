@@ -84,14 +84,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def written(shared: Served) -> dict[str, Any]:
     """What the server writes of itself."""
-    return httpx.get(f"{shared.address}/openapi.json", headers=HEADERS).json()
+    return httpx.get(f"{shared.address}/openapi.json", headers=HEADERS, timeout=120).json()
 
 
 @pytest.fixture(scope="module")
 def past(shared: Served) -> list[str]:
     """Responses that the server has kept."""
     asked = {"model": "tiny", "input": "The sun", "max_output_tokens": 2}
-    made = [httpx.post(f"{shared.address}/v1/responses", json=asked, headers=HEADERS) for _ in range(2)]
+    made = [httpx.post(f"{shared.address}/v1/responses", json=asked, headers=HEADERS, timeout=120) for _ in range(2)]
     return [one.json()["id"] for one in made]
 
 
@@ -210,4 +210,4 @@ def test_nothing_that_is_asked_stops_the_server(
     answer = case.call_and_validate(base_url=shared.address, headers=HEADERS, checks=CHECKS)
     assert answer.status_code == status, answer.text
     usual = {"model": "tiny", "prompt": "The sun", "max_tokens": 2}
-    assert httpx.post(f"{shared.address}/v1/completions", json=usual, headers=HEADERS).status_code == 200
+    assert httpx.post(f"{shared.address}/v1/completions", json=usual, headers=HEADERS, timeout=120).status_code == 200
