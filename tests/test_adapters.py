@@ -70,7 +70,9 @@ def logprobs(model: Transformer, row: jax.Array) -> jax.Array:
     return jax.nn.log_softmax(unembed(model, forward(model, continuation(row, jnp.zeros(1, jnp.int32))).hidden_BTD))
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe", "latent", pytest.param("hybrid", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "kind", ["dense", "moe", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("latent", "hybrid"))]
+)
 def test_rows_with_adapters_are_the_models_with_them_added(kind: str) -> None:
     config = MODELS[kind]
     model = jax.jit(lambda: Transformer(config, jax.random.key(1), stacked=False))()

@@ -88,6 +88,7 @@ CONFIGS = {
 }
 NAMES = list(CONFIGS)
 RICHEST = "sigmoid experts in groups, bias, gate, dense layer"
+HYBRID = "linear and gated full layers"
 WINDOWED = "sinks, a window, biases, clamped experts"
 LENGTHS = (19, 13, 4)
 LENGTH = 32
@@ -188,7 +189,7 @@ def test_prefill_and_decode_agree_with_teacher_forcing(model: Transformer, docum
     assert stored.lengths_B.tolist() == list(LENGTHS)
 
 
-@pytest.mark.parametrize("name", [NAMES[0], RICHEST, NAMES[-1]])
+@pytest.mark.parametrize("name", [NAMES[0], RICHEST, HYBRID])
 def test_the_samplers_log_probs_are_those_of_scoring(name: str, documents: list[np.ndarray]) -> None:
     model = make(name)
     generator = Engine(model, Words(), slots=4)
@@ -246,7 +247,9 @@ def test_nothing_flows_from_later_tokens_or_other_documents(name: str) -> None:
     np.testing.assert_array_equal(flows, expected)
 
 
-@pytest.mark.parametrize("name", [NAMES[0], RICHEST, *NAMES[-3:]])
+@pytest.mark.parametrize(
+    "name", [NAMES[0], RICHEST, HYBRID, *(pytest.param(n, marks=pytest.mark.full) for n in NAMES[-2:])]
+)
 def test_the_engine_agrees_with_scoring(name: str) -> None:
     """Requests come, are left and put back at any time, and begin with what others had read."""
     model = make(name)

@@ -139,7 +139,7 @@ CASES = [
     pytest.param({}, DATA, "adamw", marks=pytest.mark.full),
     pytest.param({}, THREE, "adamw", marks=pytest.mark.full),
     ({"layers": "stacked", "accumulate": 2}, DATA, "adamw"),
-    ({"layers": "stacked"}, THREE, "muon"),
+    pytest.param({"layers": "stacked"}, THREE, "muon", marks=pytest.mark.full),
     ({"layers": "stacked"}, replace(THREE, cut_over_data=True), "adamw"),
 ]
 
