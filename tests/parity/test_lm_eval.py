@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 import qmax
@@ -59,6 +61,8 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def address(_offline: None) -> Iterator[str]:
     with served_by_verb(MODEL, "--name", NAME) as (_, found):
+        while httpx.get(f"{found}/health", timeout=60).status_code != 200:  # the harness does not wait for long
+            time.sleep(0.1)
         yield found
 
 
