@@ -16,6 +16,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
+from model.quantization import nearest
 from sharding.mesh import BATCH_AXES, platform
 from sharding.rules import constrain, on_own_parts
 
@@ -172,9 +173,7 @@ def write(stored: tuple[Array, ...], new: tuple[Float[Array, "B T K H"], ...], p
 
 def quantized(new: tuple[Float[Array, "B T K H"], ...]) -> tuple[Array, ...]:
     """The nearest in 8 bits, each token's head having a scale of its own; the scales come last."""
-    wide = [x.astype(jnp.float32) for x in new]
-    scales = [jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127 for x in wide]
-    values = [jnp.round(x / jnp.where(s == 0, 1, s)) for x, s in zip(wide, scales, strict=True)]
+    values, scales = zip(*(nearest(x.astype(jnp.float32), (-1,)) for x in new), strict=True)
     return *values, *scales
 
 

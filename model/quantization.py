@@ -84,6 +84,10 @@ def quantize(weight: Float[Array, "*S"], sums: tuple[int, ...]) -> Quantized:
     form = stored_form(weight.shape, ("",) * weight.ndim, sums)
     weight = weight.astype(jnp.float32).reshape(form.values)
     over = tuple(i for i, (n, m) in enumerate(zip(form.scale, form.values, strict=True)) if n < m)
-    scale = jnp.max(jnp.abs(weight), axis=over, keepdims=True) / LARGEST
-    values = jnp.round(weight / jnp.where(scale == 0, 1, scale)).astype(jnp.int8)
-    return Quantized(values, scale, form.outputs)
+    return Quantized(*nearest(weight, over), form.outputs)
+
+
+def nearest(x: Float[Array, "*S"], over: tuple[int, ...]) -> tuple[Int8[Array, "*S"], Float[Array, "*S"]]:
+    """The nearest integers and their scale, one for all along the dimensions `over`."""
+    scale = jnp.max(jnp.abs(x), axis=over, keepdims=True) / LARGEST
+    return jnp.round(x / jnp.where(scale == 0, 1, scale)).astype(jnp.int8), scale

@@ -28,7 +28,7 @@ from serve.rows import WORDS
 from serve.scheduler import Limits
 from serve.snapshots import Store
 from serve.speculation import verify
-from serve.steps import abstract_state, allow, begin, empty_state, step
+from serve.steps import NOBODY, abstract_state, allow, begin, empty_state, step
 from serve.weights import abstract_weights, decode_weights
 from sharding.rules import constrain
 
@@ -222,7 +222,7 @@ class Device:
 
     def _blank(self, name: str, size: int) -> list[np.ndarray]:
         """Arrays of the shapes and types that go with an operation; `size`: a shape's number, or a text's length."""
-        slots, vocab, none = self.limits.slots, self.config.vocab_size, np.int32(2**30)
+        slots, vocab = self.limits.slots, self.config.vocab_size
         if name == "step":
             shape = self.programs.shapes[size]
             words = np.zeros((shape.rows, WORDS + self.limits.width), np.int32)
@@ -230,7 +230,7 @@ class Device:
         if name == "begin":
             return [np.zeros(1, np.int32), np.zeros(vocab, np.int32), np.zeros(vocab, np.float32)]
         if name == "allow":
-            return [np.full(slots, none), np.zeros((slots, -(-vocab // 32)), np.uint32)]
+            return [np.full(slots, NOBODY, np.int32), np.zeros((slots, -(-vocab // 32)), np.uint32)]
         if name in self._read:
             return [np.zeros(size, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32)]
         return [np.zeros(2, np.int32)] if name in ("load", "save") else []
