@@ -111,6 +111,15 @@ def make(name: str, *, stacked: bool = False) -> Transformer:
     return jax.tree.unflatten(structure, [jnp.asarray(value, jnp.float32) for value in values])
 
 
+def tolerance(config: ModelConfig) -> float:
+    """How far log-probabilities may part that are made in two ways.
+
+    Half a unit in the last place of every weight moves those of the model with linear layers by 1.8e-5 (its norm
+    follows a sum that nearly cancels), those of the others by less than 2e-6.
+    """
+    return 4e-5 if "linear" in config.attention_pattern else 1e-5
+
+
 @pytest.fixture(params=CONFIGS, scope="module")
 def model(request: pytest.FixtureRequest) -> Transformer:
     return make(request.param)
@@ -165,9 +174,9 @@ def test_packed_and_separate_documents_agree(model: Transformer, documents: list
     long, middle, short = documents
     separate = log_probs(model, rows_of([long], [middle], [short]))
     packed = log_probs(model, rows_of([short, long], [], [middle]))
-    np.testing.assert_allclose(packed[0, :4], separate[2, :4], atol=1e-5)
-    np.testing.assert_allclose(packed[0, 4:23], separate[0, :19], atol=1e-5)
-    np.testing.assert_allclose(packed[2, :13], separate[1, :13], atol=1e-5)
+    np.testing.assert_allclose(packed[0, :4], separate[2, :4], atol=tolerance(model.config))
+    np.testing.assert_allclose(packed[0, 4:23], separate[0, :19], atol=tolerance(model.config))
+    np.testing.assert_allclose(packed[2, :13], separate[1, :13], atol=tolerance(model.config))
 
 
 def test_prefill_and_decode_agree_with_teacher_forcing(model: Transformer, documents: list[np.ndarray]) -> None:
@@ -184,7 +193,7 @@ def test_prefill_and_decode_agree_with_teacher_forcing(model: Transformer, docum
         found = np.asarray(jax.nn.log_softmax(logits))
         for row in range(len(documents)):
             span = slice(done[row], done[row] + count[row])
-            np.testing.assert_allclose(found[row, : count[row]], expected[row, span], atol=1e-5)
+            np.testing.assert_allclose(found[row, : count[row]], expected[row, span], atol=tolerance(model.config))
         done += count
     assert stored.lengths_B.tolist() == list(LENGTHS)
 
@@ -201,14 +210,15 @@ def test_the_samplers_log_probs_are_those_of_scoring(name: str, documents: list[
     scored = log_probs(model, rows_of(*[[document] for document in whole]))
     for row, reply in enumerate(replies):
         places = len(prompts[row]) - 1 + np.arange(len(reply.tokens))
-        np.testing.assert_allclose(reply.logprobs, scored[row, places, reply.tokens], atol=1e-5)
+        np.testing.assert_allclose(reply.logprobs, scored[row, places, reply.tokens], atol=tolerance(model.config))
 
 
 @pytest.mark.parametrize("name", ["softmax experts", "linear and gated full layers"])
 def test_stacked_and_listed_layers_agree(name: str, documents: list[np.ndarray]) -> None:
     stacked = make(name, stacked=True)
     batch = rows_of(*[[document] for document in documents])
-    np.testing.assert_allclose(log_probs(stacked, batch), log_probs(decode_weights(stacked, None), batch), atol=1e-5)
+    listed = decode_weights(stacked, None)
+    np.testing.assert_allclose(log_probs(stacked, batch), log_probs(listed, batch), atol=tolerance(stacked.config))
 
 
 def test_padding_is_never_routed_or_counted(documents: list[np.ndarray]) -> None:

@@ -249,6 +249,7 @@ def _groups(line: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], 
     """The axes that a group runs along, and its devices."""
     named = re.search(r"replica_groups=mesh\[[^\]]*\][^{]*\{([^}]*)\}", line)
     if named and set(axes := tuple(re.findall(r"\w+", named[1]))) <= set(mesh_shape):
+        axes = tuple(axis for axis in axes if mesh_shape[axis] > 1)
         return axes, prod(mesh_shape[axis] for axis in axes)
     group = _first_group(line, prod(mesh_shape.values()))
     if group is None:
