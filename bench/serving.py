@@ -126,7 +126,7 @@ class Decoding:
         for shape, arrays in self.steps:
             output = self._step(shape, *arrays)
             if before is not None:
-                before.block_until_ready()
+                jax.block_until_ready(before)
             before = output
         jax.block_until_ready(before)
         return time.perf_counter() - start

@@ -46,6 +46,7 @@ class Device:
             embedding that are tokens. snapshots: places for what linear layers remember, of all devices together.
         led: of several processes the others do what process 0 says; otherwise all have the same requests.
         adapters: each row may have one of them. guesses: tokens that a step may guess, see `serve.speculation`.
+        record_experts: steps give the experts that were chosen too.
     """
 
     def __init__(
@@ -62,11 +63,12 @@ class Device:
         led: bool,
         adapters: Sequence[Adapter] = (),
         guesses: int = 0,
+        record_experts: bool = False,
     ):
         self.config, self.mesh, self.limits, self.pages = model.config, mesh, limits, pages
         self.weight_type: WeightType = weight_type
         self._kv_type: KVType = kv_type
-        self._guesses = guesses
+        self._guesses, self._record = guesses, record_experts
         self._vocab_limit, self._dtype = vocab_limit, jnp.dtype(model.dtype)
         self.many = jax.process_count() > 1
         self.led = led and self.many
@@ -115,7 +117,7 @@ class Device:
         def engine_step(weights: Weights, *args: Any) -> Any:
             sizes = {"page": limits.page, "shards": limits.shards, "vocab_limit": self._vocab_limit}
             function = verify if shape.guessed else step
-            return function(self.with_leaves(weights[0]), *args, **sizes, adapters=weights[1])
+            return function(self.with_leaves(weights[0]), *args, **sizes, adapters=weights[1], record=self._record)
 
         leaves = jax.tree.leaves(abstract_weights(self.config, self._dtype, self.mesh, self.weight_type))
         state = abstract_state(
@@ -165,8 +167,11 @@ class Device:
         return None if self.mesh is None else jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
 
     # ---- operations -------------------------------------------------------
-    def step(self, shape: Shape, *arrays: np.ndarray) -> jax.Array:
-        """Rows take a step: their words and, where prompts are read, their tokens. Gives what was drawn."""
+    def step(self, shape: Shape, *arrays: np.ndarray) -> tuple[jax.Array, jax.Array | None]:
+        """Rows take a step: their words and, where prompts are read, their tokens.
+
+        Gives what was drawn and, where they are recorded, the experts of what was read.
+        """
         return self._all_do("step", self.programs.shapes.index(shape), arrays)
 
     def begin(self, slot: int, seen_V: np.ndarray, bias_V: np.ndarray) -> None:

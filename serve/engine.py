@@ -10,7 +10,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from serve.logits import IN_PROMPT
 from serve.memory import default_pages
 from serve.pages import PagePool, Snapshots
 from serve.programs import Shape
+from serve.recording import Recording, Sent
 from serve.request import Completion, Place, Request
 from serve.rows import Lines
 from serve.sampling_params import MAX_STOP_IDS, SamplingParams
@@ -51,14 +52,6 @@ class Vocabulary(Protocol):
     def stop_ids(self) -> tuple[int, ...]: ...
 
 
-@dataclass
-class Sent:
-    """Work that was sent to the device and not read yet: its output, and who is in which row of it."""
-
-    output: Any
-    rows: list[tuple[int, Request, Place]]
-
-
 class Engine:
     """Generates replies with a model.
 
@@ -77,6 +70,7 @@ class Engine:
         guesses: tokens that a step may guess from what came before, and keep where they come true, see
             `serve.speculation`; requests with penalties or a constraint go without.
         adapters: adapters of low rank; a request names one by its number, counted from 1, see `request`.
+        record_experts: replies tell which experts each token went to, see `Completion`.
         led: of several processes the others `device.follow()`: process 0 alone has requests. Otherwise all of them have
             the same ones, with seeds, and make the same steps of them.
 
@@ -99,6 +93,7 @@ class Engine:
         kv_type: KVType = "same",
         guesses: int = 0,
         adapters: Sequence[Adapter] = (),
+        record_experts: bool = False,
         led: bool = False,
     ):
         self.config, self.tokenizer, self.mesh = model.config, tokenizer, mesh
@@ -129,7 +124,10 @@ class Engine:
             led=led,
             adapters=adapters,
             guesses=guesses,
+            record_experts=record_experts,
         )
+        recorded = record_experts and self.config.num_moe_layers
+        self._recording = Recording(self.config, self.limits, self.pages) if recorded else None
         self.guesses, self.guesses_made, self.guesses_kept = guesses, 0, 0
         pools = [PagePool(self.pages // shards) for _ in range(shards)]
         self.scheduler = Scheduler(self.limits, pools, [Snapshots(kept // shards) for _ in range(shards)])
@@ -335,7 +333,9 @@ class Engine:
             tokens_RT[row, 1 : 1 + len(guess)] = guess
         output = self.device.step(shape, words, *([tokens_RT] if guessed else []))
         self.guesses_made += sum(map(len, guesses))
-        return self._send(output, [(row, *one) for row, one in zip(places, found, strict=True)])
+        rows = [(row, *one) for row, one in zip(places, found, strict=True)]
+        reads = [(row, one, one.length - 1, 1 + len(guess)) for (row, _, one), guess in zip(rows, guesses, strict=True)]
+        return self._send(output, rows, reads)
 
     def _guess(self, request: Request, place: Place) -> list[int]:
         """What may follow the row's last token, as far as it has room."""
@@ -358,15 +358,16 @@ class Engine:
         for row, chunk in zip(places, chunks, strict=True):
             tokens_RT[row, : chunk.end - chunk.start] = chunk.request.known[chunk.start : chunk.end]
         output = self.device.step(shape, words, tokens_RT)
-        drawn = []
+        drawn, reads = [], []
         for row, chunk in zip(places, chunks, strict=True):
             place = chunk.request.place
             assert place is not None
+            reads.append((row, place, chunk.start, chunk.end - chunk.start))
             if chunk.save is not None:
                 self.device.save(place.slot, self._snapshot(place, chunk.save))
             if chunk.last:
                 drawn.append((row, chunk.request, place))
-        return self._send(output, drawn)
+        return self._send(output, drawn, reads)
 
     def _snapshot(self, place: Place, number: int) -> int:
         """The number of a snapshot among those of all devices."""
@@ -409,12 +410,19 @@ class Engine:
                 slots_S[index], allowed_SW[index, : len(bits)] = place.slot, bits
         self.device.allow(slots_S, allowed_SW)
 
-    def _send(self, output: Any, rows: list[tuple[int, Request, Place]]) -> Sent:
-        output.copy_to_host_async()
-        return Sent(output, rows)
+    def _send(
+        self, output: Any, rows: list[tuple[int, Request, Place]], reads: list[tuple[int, Place, int, int]]
+    ) -> Sent:
+        jax.tree.map(lambda x: x.copy_to_host_async(), output)
+        drawn, experts = output
+        recording = self._recording
+        kept = [(row, recording.pages_of(place), start, n) for row, place, start, n in reads] if recording else []
+        return Sent(drawn, experts, rows, kept)
 
     def _receive(self, sent: Sent) -> None:
         """Reads what a step drew and gives it to those who still run where they did."""
+        if self._recording:
+            self._recording.write(sent)
         if not sent.rows:
             return
         drawn = unpack(sent.output)
@@ -436,6 +444,8 @@ class Engine:
             request.top.append(list(pairs))
         request.take(token, logprob)
         if request.finish_reason is not None:
+            if self._recording:
+                request.experts = self._recording.of(request)
             self.scheduler.remove(request)
         if request.on_token is not None:
             request.on_token(request, token, logprob)

@@ -36,7 +36,8 @@ class Completion:
 
     tokens: with the stop token that ended it, if one did. logprobs: of each token, under the model's own
     distribution. top: of each token the alternatives, if they were asked for. prompt_tokens: length of the prompt.
-    cached_tokens: those of them that had been read before.
+    cached_tokens: those of them that had been read before. experts: of each token of prompt and reply but the last,
+    where they are recorded: int16, `[T, L, C]`.
     """
 
     tokens: list[int]
@@ -45,6 +46,7 @@ class Completion:
     prompt_tokens: int
     cached_tokens: int = field(default=0, compare=False)
     top: list[TopTokens] = field(default_factory=list)
+    experts: Any = field(default=None, compare=False)
 
     @property
     def content(self) -> list[int]:
@@ -75,6 +77,7 @@ class Request:
     cached_tokens: int = 0
     place: Place | None = None
     lookup: Lookup = field(default_factory=Lookup)
+    experts: Any = None
 
     def take(self, token: int, logprob: float) -> None:
         """Adds a token, and notes the end if this is it."""
@@ -101,8 +104,8 @@ class Request:
     def completion(self) -> Completion:
         """The reply, once it has ended."""
         assert self.finish_reason is not None
-        cached = self.cached_tokens
-        return Completion(self.tokens, self.logprobs, self.finish_reason, len(self.prompt), cached, self.top)
+        about = self.finish_reason, len(self.prompt), self.cached_tokens, self.top, self.experts
+        return Completion(self.tokens, self.logprobs, *about)
 
 
 @dataclass(eq=False)

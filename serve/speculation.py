@@ -18,7 +18,7 @@ from model.adapters import Adapters
 from model.forward import unembed
 from model.transformer import Transformer
 from serve.rows import unpack_rows
-from serve.steps import NOBODY, State, draw, laid_out, read
+from serve.steps import NOBODY, State, chosen_experts, draw, laid_out, read, remembered
 from sharding.rules import constrain
 
 
@@ -32,12 +32,13 @@ def verify(
     shards: int = 1,
     vocab_limit: int,
     adapters: Adapters | None = None,
-) -> tuple[State, Int[Array, "R T Y"]]:
+    record: bool = False,
+) -> tuple[State, tuple[Int[Array, "R T Y"], Int[Array, "R T L C"] | None]]:
     """Reads each row's last token and the guesses after it, and draws the token after each.
 
     Args:
-        words_RW, page, shards, vocab_limit, adapters: as `serve.steps.step` has them; `count` is of the last token and
-            the guesses. A row with penalties must have no guess: what is drawn would change what comes after.
+        words_RW, page, shards, vocab_limit, adapters, record: as `serve.steps.step` has them; `count` is of the last
+            token and the guesses. A row with penalties must have no guess: what is drawn would change what comes after.
         guesses_RT: the first column is not looked at.
 
     Returns:
@@ -49,8 +50,8 @@ def verify(
         model = adapters.on(model, constrain(rows.adapter_R, "batch"))
     tokens_RT = guesses_RT.at[:, 0].set(state.last_S[rows.slot_R])
     count, length = tokens_RT.shape
-    hidden_RTD, layers = read(model, state, rows, tokens_RT, rows.count_R, page=page, shards=shards)
-    logits = unembed(model, hidden_RTD.reshape(count * length, -1))
+    result = again = read(model, state, rows, tokens_RT, rows.count_R, page=page, shards=shards)
+    logits = unembed(model, result.hidden_BTD.reshape(count * length, -1))
     place_T = jnp.arange(length)
     each = jax.tree.map(lambda x: jnp.repeat(x, length, axis=0), rows)
     each = replace(each, step_R=each.step_R + jnp.tile(place_T, count))
@@ -62,7 +63,7 @@ def verify(
     if any(model.config.attention_kind(layer) == "linear" for layer in range(model.config.num_layers)):
         # What linear layers remember cannot be taken back: they read again what has come true, and nothing else.
         kept = jnp.minimum(kept_R, rows.count_R)
-        _, layers = read(model, state, rows, tokens_RT, kept, page=page, shards=shards)
+        again = read(model, state, rows, tokens_RT, kept, page=page, shards=shards)
     valid_RT = place_T < kept_R[:, None]
     there = (rows.keep_R > 0) & (rows.count_R > 0)
     slot_R = jnp.where(there, rows.slot_R, NOBODY)
@@ -72,4 +73,5 @@ def verify(
     seen_SV = state.tables.seen_SV.at[slot_RT, constrain(drawn_RT, None, None)].add(1, mode="drop")
     output_RTY = output_RTY.at[:, :, 0].set(jnp.where(valid_RT, drawn_RT, -1))
     tables = replace(state.tables, seen_SV=seen_SV)
-    return laid_out(model.config, State(layers, last_S, tables)), constrain(output_RTY, None, None, None)
+    state = laid_out(model.config, State(remembered(again), last_S, tables))
+    return state, (constrain(output_RTY, None, None, None), chosen_experts(result) if record else None)

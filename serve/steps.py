@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from model.adapters import Adapters
 from model.cache import Cache, KVType, empty_layer, lay_out, layer_axes
 from model.config import ModelConfig
-from model.forward import continuation, forward, unembed
+from model.forward import Output, continuation, forward, unembed
 from model.transformer import Transformer
 from serve.logits import Tables, adjust, empty_tables, most_likely
 from serve.rows import Rows, unpack_rows
@@ -89,25 +89,28 @@ def step(
     shards: int = 1,
     vocab_limit: int,
     adapters: Adapters | None = None,
-) -> tuple[State, Int[Array, "R Y"]]:
+    record: bool = False,
+) -> tuple[State, tuple[Int[Array, "R Y"], Int[Array, "R T L C"] | None]]:
     """Reads `tokens`, or without them each row's last token, and draws the next one.
 
     Args:
         words_RW: see `serve.rows`; on as many devices as there are `shards`, each having its rows one after the other.
             Where there are as many rows as slots and no tokens, row r must have slot r.
         page: positions of a page. vocab_limit: rows of the embedding that are tokens. adapters: those that rows name.
+        record: give the experts that were chosen too.
 
     Returns:
-        The state, and of each row its token, the bits of its log-probability, and `most_likely`.
+        The state; of each row its token, the bits of its log-probability, and `most_likely`; and the experts of each
+        token that was read, in each layer with a router.
     """
     rows = unpack_rows(words_RW)
     if adapters is not None:
         model = adapters.on(model, constrain(rows.adapter_R, "batch"))
     if tokens_RT is None:
         tokens_RT = state.last_S[rows.slot_R][:, None]
-    hidden_RTD, layers = read(model, state, rows, tokens_RT, rows.count_R, page=page, shards=shards)
+    result = read(model, state, rows, tokens_RT, rows.count_R, page=page, shards=shards)
     end_R = constrain(jnp.maximum(rows.count_R - 1, 0), "batch")
-    hidden_RD = jnp.take_along_axis(hidden_RTD, end_R[:, None, None], axis=1)[:, 0]
+    hidden_RD = jnp.take_along_axis(result.hidden_BTD, end_R[:, None, None], axis=1)[:, 0]
     logits_RV = unembed(model, hidden_RD)
     with jax.named_scope("sample"):
         token_R, output_RY = draw(logits_RV, rows, state.tables, vocab_limit)
@@ -115,7 +118,8 @@ def step(
     kept_R = jnp.where((rows.keep_R > 0) & (rows.count_R > 0), rows.slot_R, NOBODY)
     tables = replace(state.tables, seen_SV=state.tables.seen_SV.at[kept_R, token_R].add(1, mode="drop"))
     last_S = state.last_S.at[kept_R].set(token_R, mode="drop")
-    return laid_out(model.config, State(layers, last_S, tables)), constrain(output_RY, None, None)
+    state = laid_out(model.config, State(remembered(result), last_S, tables))
+    return state, (constrain(output_RY, None, None), chosen_experts(result) if record else None)
 
 
 def read(
@@ -127,8 +131,8 @@ def read(
     *,
     page: int,
     shards: int,
-) -> tuple[Float[Array, "R T D"], tuple[tuple[Array, ...], ...]]:
-    """Hidden states of the first `count` tokens of each row, and what layers remember after them."""
+) -> Output:
+    """The forward pass of the first `count` tokens of each row."""
 
     def lay(x: Array) -> Array:
         return constrain(x, "batch", *[None] * (x.ndim - 1))
@@ -138,9 +142,21 @@ def read(
     own_R = None if in_place else lay(rows.slot_R % (slots // shards))
     cache = Cache(state.layers, lay(rows.length_R), lay(rows.table_RX), page, slots_B=own_R)
     valid_RT = jnp.arange(length) < count_R[:, None]
-    result = forward(model, continuation(lay(tokens_RT), cache.lengths_B, lay(valid_RT)), cache)
+    return forward(model, continuation(lay(tokens_RT), cache.lengths_B, lay(valid_RT)), cache)
+
+
+def remembered(result: Output) -> tuple[tuple[Array, ...], ...]:
+    """What layers remember after a step."""
     assert result.cache is not None
-    return result.hidden_BTD, result.cache.layers
+    return result.cache.layers
+
+
+def chosen_experts(result: Output) -> Int[Array, "R T L C"] | None:
+    """The experts of each token, as `forward` takes them for replay, small and on all devices; None without any."""
+    if result.experts_LBTC is None:
+        return None
+    chosen = jnp.moveaxis(result.experts_LBTC, 0, 2)
+    return constrain(chosen.astype(jnp.int16), None, None, None, None)
 
 
 def draw(logits_RV: Array, rows: Rows, tables: Tables, vocab_limit: int) -> tuple[Array, Array]:
