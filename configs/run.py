@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from configs.alignment import PreferenceConfig, RLConfig
+from configs.checks import check_range
 from errors import UserError
 from model.config import ModelConfig
 from model.lora_config import LoraConfig
@@ -13,13 +15,6 @@ from sharding.mesh import MeshConfig
 
 BFLOAT16_STEP = 2.0**-8
 """Half the distance between numbers of bfloat16, as a share of them: less is lost in rounding to the nearest."""
-
-
-def check_range(part: object, prefix: str, lowest: float, *names: str) -> None:
-    """Refuses fields of `part` that are less than `lowest`."""
-    for name in names:
-        if not getattr(part, name) >= lowest:
-            raise UserError(f"{prefix}{name}={getattr(part, name)} must be at least {lowest}")
 
 
 @dataclass(frozen=True)
@@ -160,12 +155,16 @@ class Run:
     """Auxiliary losses."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters that are trained in the place of all weights."""
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    """Learning from preferences."""
+    rl: RLConfig = field(default_factory=RLConfig)
+    """Reinforcement learning."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Devices along each axis."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving."""
-    objective: Literal["pretrain", "sft"] = "pretrain"
-    """pretrain: every token of raw text; sft: the assistant's turns of conversations."""
+    objective: Literal["pretrain", "sft", "rl"] = "pretrain"
+    """pretrain: every token of raw text; sft: the assistant's turns of conversations; rl: replies that are rewarded."""
     init_from: str = ""
     """A MODEL whose weights to start from: a run, a Hugging Face directory, a .gguf or a llama2.c file."""
     init_model: Literal["config", "source"] = "config"
@@ -205,6 +204,11 @@ class Run:
     out: str = ""
     """Run directory; empty means runs/ and the name of the config."""
 
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates of the weights in all steps."""
+        return self.steps * (self.rl.updates if self.objective == "rl" else 1)
+
     def __post_init__(self) -> None:
         check_range(self, "", 1, "steps", "accumulate", "log_every", "max_bad_steps")
         check_range(self, "", 0, "validate_every", "validation_batches", "spike_factor", "seed")
@@ -221,9 +225,24 @@ class Run:
                 f"{rows} rows of a micro-batch do not divide over data x fsdp x expert = {self.mesh.batch_shards}"
             )
         check_start(self)
+        check_objective(self)
         # Sizes that init_from gives are not known yet; they are judged when they take the place of `model`.
         if self.init_model == "config":
             check_model(self)
+
+
+def check_objective(run: Run) -> None:
+    """Refuses fields about what is learnt that do not fit together."""
+    if run.objective == "rl":
+        if not run.rl.tasks:
+            raise UserError("objective=rl learns from tasks; name some with rl.tasks, such as arithmetic?digits=1")
+        if run.data.sequence_length <= run.rl.max_new_tokens:
+            raise UserError(
+                f"data.sequence_length={run.data.sequence_length} leaves no room for a prompt before "
+                f"rl.max_new_tokens={run.rl.max_new_tokens}"
+            )
+        if run.rl.replay and not (run.model.moe.num_experts or run.init_model == "source"):
+            raise UserError("rl.replay sends tokens to the experts that they went to, and this model has none")
 
 
 def check_start(run: Run) -> None:

@@ -29,7 +29,7 @@ from serve.logits import IN_PROMPT
 from serve.memory import default_pages
 from serve.pages import PagePool, Snapshots
 from serve.programs import Shape
-from serve.recording import Recording, Sent
+from serve.recording import Reading, Recording, Sent
 from serve.request import Completion, Place, Request
 from serve.rows import Lines
 from serve.sampling_params import MAX_STOP_IDS, SamplingParams
@@ -159,8 +159,7 @@ class Engine:
 
     def forget(self) -> None:
         """Drops the beginnings of prompts that are kept for others."""
-        for one in (*self.scheduler.pools, *self.scheduler.snapshots):
-            one.clear()
+        self.scheduler.forget()
 
     @property
     def model(self) -> Transformer:
@@ -410,14 +409,10 @@ class Engine:
                 slots_S[index], allowed_SW[index, : len(bits)] = place.slot, bits
         self.device.allow(slots_S, allowed_SW)
 
-    def _send(
-        self, output: Any, rows: list[tuple[int, Request, Place]], reads: list[tuple[int, Place, int, int]]
-    ) -> Sent:
+    def _send(self, output: Any, rows: list[tuple[int, Request, Place]], reads: Sequence[Reading]) -> Sent:
         jax.tree.map(lambda x: x.copy_to_host_async(), output)
         drawn, experts = output
-        recording = self._recording
-        kept = [(row, recording.pages_of(place), start, n) for row, place, start, n in reads] if recording else []
-        return Sent(drawn, experts, rows, kept)
+        return Sent(drawn, experts, rows, self._recording.located(reads) if self._recording else [])
 
     def _receive(self, sent: Sent) -> None:
         """Reads what a step drew and gives it to those who still run where they did."""

@@ -5,6 +5,7 @@ What is recorded lies in pages like keys and values do: who shares the beginning
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,10 @@ from model.config import ModelConfig
 from serve.request import Place, Request
 from serve.scheduler import Limits
 
-Reading = tuple[int, list[int], int, int]
-"""A row of a step, the pages of its slot, and the first and the number of the positions that it reads."""
+Reading = tuple[int, Place, int, int]
+"""A row of a step, who is there, and the first and the number of the positions that it reads."""
+Located = tuple[int, list[int], int, int]
+"""The same with pages, which the place may have given away when the step is done."""
 
 
 @dataclass
@@ -26,7 +29,7 @@ class Sent:
     output: jax.Array
     experts: jax.Array | None
     rows: list[tuple[int, Request, Place]]
-    reads: list[Reading]
+    reads: list[Located]
 
 
 class Recording:
@@ -41,6 +44,10 @@ class Recording:
         """A row's pages among those of all devices."""
         first = place.slot // self._limits.slots_of_shard * self._pages
         return [first + page for page in place.pages]
+
+    def located(self, reads: Sequence[Reading]) -> list[Located]:
+        """Where the positions lie that a step reads."""
+        return [(row, self.pages_of(place), start, count) for row, place, start, count in reads]
 
     def write(self, sent: Sent) -> None:
         """Takes down what a step has read; waits for it."""

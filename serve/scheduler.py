@@ -93,6 +93,13 @@ class Scheduler:
         self._order += 1
         heapq.heappush(self._waiting, (request.priority, self._order, request))
 
+    def forget(self) -> None:
+        """Drops what is kept of prompts; with nobody running all is as in the beginning."""
+        for one in (*self.pools, *self.snapshots):
+            one.clear()
+        for slots in self._slots:
+            slots.sort(reverse=True)
+
     def remove(self, request: Request) -> None:
         """Gives back what a request has: it has ended. One that waits is dropped when its turn comes."""
         if request.place is not None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import losses
+from train import chunks
 from train.losses import balance_loss, cross_entropy
 
 
@@ -24,8 +24,8 @@ def plain(hidden: jax.Array, head: jax.Array, targets: Any, weights: Any, z_weig
 @pytest.mark.parametrize("chunk", [1, 2**9, 2**30])
 @pytest.mark.parametrize("z_weight", [0.0, 0.1])
 def test_equals_the_definition(monkeypatch: pytest.MonkeyPatch, chunk: int, z_weight: float) -> None:
-    monkeypatch.setattr(losses, "SMALL_CHUNK", chunk)
-    monkeypatch.setattr(losses, "LARGE_CHUNK", max(chunk, 2**9))
+    monkeypatch.setattr(chunks, "SMALL_CHUNK", chunk)
+    monkeypatch.setattr(chunks, "LARGE_CHUNK", max(chunk, 2**9))
     draw = np.random.default_rng(0)
     hidden, head = (jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in ((3, 12, 16), (16, 50)))
     targets, weights = jnp.asarray(draw.integers(0, 50, (3, 12))), jnp.asarray(draw.uniform(size=(3, 12)), jnp.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from configs.override import to_dict
+from configs.run import Run
 from errors import UserError
 from sharding.rules import batch_share
 from train.data.loader import REFERENCE, VALIDATION
@@ -39,7 +41,8 @@ class Recorder:
     def __init__(self, job: Job, log: MetricsLog | None, bar: TrainProgress | None, clock: Throughput) -> None:
         self.job, self.log, self.bar, self.clock = job, log, bar, clock
         run = job.run
-        self.rate = schedule(run.optimizer, run.steps, run.optimizer.learning_rate)
+        self.rate = schedule(run.optimizer, run.optimizer_steps, run.optimizer.learning_rate)
+        self.updates = run.optimizer_steps // run.steps
         self.flops_per_token = 3 * run.model.flops_per_token(run.data.sequence_length / 2)
         peak = device_peak_flops(job.mesh.devices.flat[0], compute_dtype(run).name)
         self.peak = peak and peak * job.mesh.size
@@ -52,6 +55,11 @@ class Recorder:
         self.flush()
         self.pending = pending
 
+    def begin(self, values: dict[str, float]) -> None:
+        """What is known before the first step."""
+        if self.log:
+            self.log.log(0, values)
+
     def flush(self) -> None:
         """Writes the step that is still pending. Raises UserError after too many bad steps in a row."""
         pending, self.pending = self.pending, None
@@ -63,7 +71,7 @@ class Recorder:
         record: dict[str, Any] = {name: value.tolist() for name, value in values.items()}
         bad = record.pop("bad_steps")
         record |= {
-            "learning_rate": float(np.asarray(self.rate(pending.step - 1))),
+            "learning_rate": float(np.asarray(self.rate(pending.step * self.updates - 1))),
             "seconds": seconds,
             "tokens_per_second": rate,
             "mfu": rate * self.flops_per_token / self.peak if rate and self.peak else None,
@@ -95,14 +103,17 @@ def validate(job: Job, step: Any, state: TrainState) -> dict[str, float]:
 
 def held_out_loss(job: Job, step: Any, state: TrainState, which: str, prefix: str) -> dict[str, float]:
     """What one set of held-out rows gives, its bits per byte under a name with `prefix`."""
-    count, sums = job.run.validation_batches, np.zeros(2)
+    count, sums = job.run.validation_batches, dict[str, float]()
     for rows in job.data.validation_batches(count, *batch_share(job.mesh), which):
-        sums += np.asarray(jax.device_get(step(state, job.place(rows))), np.float64)
-    if not sums[1]:
+        for name, value in jax.device_get(step(state, job.place(rows))).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    weight = sums.pop("weight", 0.0)
+    if not weight:
         return {}
-    source_bytes = job.data.validation_bytes(count, which)
-    bits = sums[0] / math.log(2) / source_bytes if source_bytes else math.nan
-    return {f"{which}_loss": sums[0] / sums[1], f"{prefix}bits_per_byte": bits}
+    found = {f"{which}_{name}": value / weight for name, value in sums.items()}
+    if source_bytes := job.data.validation_bytes(count, which):
+        found[f"{prefix}bits_per_byte"] = sums["loss"] / math.log(2) / source_bytes
+    return found
 
 
 def train(job: Job, *, resume: bool) -> dict[str, Any]:
@@ -123,7 +134,7 @@ def train(job: Job, *, resume: bool) -> dict[str, Any]:
         ):
             recorder = Recorder(job, log, bar, clock)
             try:
-                done = run_steps(job, state, start or 0, recorder, stop)
+                done = steps_of(run)(job, state, start or 0, recorder, stop)
             finally:
                 job.data.close()
                 job.checkpoints.close()
@@ -131,6 +142,15 @@ def train(job: Job, *, resume: bool) -> dict[str, Any]:
         saved = "it is saved: go on with --resume" if done else "there is nothing to save yet"
         say(f"stopped by {stop.reason} at step {done} of {run.steps}; {saved}")
     return {"step": done, "first": recorder.first, "last": recorder.last, "stopped": stop.reason}
+
+
+def steps_of(run: Run) -> Callable[[Job, TrainState, int, Recorder, StopRequest], int]:
+    """What makes the steps of a run."""
+    if run.objective != "rl":
+        return run_steps
+    from train.rl import loop
+
+    return loop.run_steps
 
 
 def run_steps(job: Job, state: TrainState, start: int, recorder: Recorder, stop: StopRequest) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import field, replace
 from functools import partial
 from typing import Any
 
@@ -18,22 +18,18 @@ from model.transformer import Transformer
 from sharding.mesh import platform
 from sharding.rules import constrain
 from sharding.vocabulary import on_own_logits, over_vocabulary, vocabulary_start
+from train.chunks import chunk_length
 
 SHIFTED = "targets", "weights", "segments"
-SMALL_CHUNK, LARGE_CHUNK = 2**24, 2**26
-"""Logits (elements per device) that are worth holding at once; and the most that are ever held on a CPU.
-
-An accelerator holds five times as many: each chunk reads and writes the gradient of the whole head, and there that
-would take as long as the products.
-"""
 
 
 @struct.dataclass
 class Totals:
-    """Sums over the whole step, which every micro-batch divides by: loss weights and tokens that are not padding."""
+    """Sums over the whole step, which micro-batches divide by: loss weights, tokens, and those drawn by the model."""
 
     weight: Float[Array, ""]
     tokens: Float[Array, ""]
+    drawn: Float[Array, ""]
 
 
 @struct.dataclass
@@ -41,7 +37,8 @@ class Parts:
     """What a loss is made of, for the log. Sums over a micro-batch, already divided by the step's totals.
 
     counts_LE: tokens sent to each expert of each routed layer, in this step so far; `[0, 0]` for dense models.
-    dropped: pairs of token and expert that no buffer had room for.
+    dropped: pairs of token and expert that no buffer had room for. more: further parts, by the name that they are
+    logged under; peaks: such of which the log has the largest, none of them negative. Both are of one micro-batch.
     """
 
     loss: Float[Array, ""]
@@ -51,6 +48,13 @@ class Parts:
     mtp_loss: Float[Array, ""]
     counts_LE: Float[Array, "L E"]
     dropped: Float[Array, ""]
+    more: dict[str, Float[Array, ""]] = field(default_factory=dict)
+    peaks: dict[str, Float[Array, ""]] = field(default_factory=dict)
+
+    @property
+    def sums(self) -> Parts:
+        """Without what is of one micro-batch alone."""
+        return replace(self, more={}, peaks={})
 
 
 def no_parts(model: Transformer) -> Parts:
@@ -59,19 +63,6 @@ def no_parts(model: Transformer) -> Parts:
     experts = model.config.moe.num_experts if layers else 0
     zero = jnp.zeros((), jnp.float32)
     return Parts(zero, zero, zero, zero, zero, jnp.zeros((layers, experts), jnp.float32), zero)
-
-
-def chunk_length(batch: int, length: int, vocab: int) -> int:
-    """Positions per chunk: a divisor of `length` that keeps a chunk's logits small; of many a sixteenth of all.
-
-    For accelerators half of them.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = 1 if mesh.manual_axes else max(1, mesh.size)
-    share, largest = (16, LARGE_CHUNK) if platform() == "cpu" else (2, 5 * LARGE_CHUNK)
-    wanted = min(max(SMALL_CHUNK, batch * length * vocab // devices // share), largest) * devices
-    most = max(1, wanted // (batch * vocab))
-    return max(size for size in range(1, min(most, length) + 1) if length % size == 0)
 
 
 def cross_entropy(
@@ -234,6 +225,20 @@ def next_token(
         if further_stats is not None:
             last = jax.tree.map(lambda a: a[None], further_stats)
             stats = last if stats is None else jax.tree.map(lambda *a: jnp.concatenate(a), stats, last)
+    return with_routers(model, loss, parts, stats, rows, totals, before, config)
+
+
+def with_routers(
+    model: Transformer,
+    loss: Array,
+    parts: Parts,
+    stats: RouterStats | None,
+    rows: dict[str, Array],
+    totals: Totals,
+    before: Parts,
+    config: LossConfig,
+) -> tuple[Array, Parts]:
+    """`loss` of a micro-batch with what is asked of its routers, and `parts` of it added to those `before`."""
     if stats is not None:
         tokens = jnp.maximum(jnp.sum(rows["segments"] > 0), 1).astype(jnp.float32)
         counts_LE = before.counts_LE + stats.counts_E
@@ -244,7 +249,8 @@ def next_token(
         loss += config.balance * balance + config.router_z_loss * router_z
         parts = replace(parts, balance_loss=balance, router_z_loss=router_z, counts_LE=stats.counts_E)
         parts = replace(parts, dropped=stats.dropped.sum())
-    return loss, jax.tree.map(jnp.add, before, jax.lax.stop_gradient(parts))
+    parts = jax.lax.stop_gradient(parts)
+    return loss, replace(jax.tree.map(jnp.add, before.sums, parts.sums), more=parts.more, peaks=parts.peaks)
 
 
 def further_token(
@@ -262,8 +268,19 @@ def further_token(
 
 
 def totals(rows: dict[str, Array]) -> Totals:
-    """The step's sums, from the whole batch; never zero."""
+    """The step's sums, from the whole batch; never zero.
+
+    What the loss is a mean over is the `total` of rows that have one, the pairs of rows of pairs (which have `labels`),
+    and else all weights.
+    """
+    if "total" in rows:
+        weight = jnp.sum(rows["total"])
+    elif "labels" in rows:
+        weight = jnp.sum(rows["segments"].max(axis=-1) // 2).astype(jnp.float32)
+    else:
+        weight = jnp.sum(rows["weights"])
     return Totals(
-        weight=jnp.maximum(jnp.sum(rows["weights"]), 1e-9),
+        weight=jnp.maximum(weight, 1e-9),
         tokens=jnp.maximum(jnp.sum(rows["segments"] > 0), 1).astype(jnp.float32),
+        drawn=jnp.sum(rows.get("drawn", jnp.zeros(()))),
     )

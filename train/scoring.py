@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from errors import UserError
-from model.forward import Batch, forward, unembed
+from model.forward import Batch, forward
 from model.transformer import Transformer
-from train.losses import chunk_length
+from train.logprobs import score_targets
 
 SMALLEST = 16
 """Least length that a program is compiled for; longer ones are twice the one before."""
@@ -25,22 +25,10 @@ def token_logprobs(
 
     Logits are made for a chunk of positions at a time. Each row is one document.
     """
-    batch, length = tokens_BT.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens_BT.shape)
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     hidden_BTD = forward(model, Batch(tokens_BT, positions_BT, segments_BT)).hidden_BTD
     targets_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
-    size = chunk_length(batch, length, model.config.vocab_size)
-
-    def chunk(inputs: tuple[Array, Array]) -> Array:
-        hidden_BtD, targets_Bt = inputs
-        logits = unembed(model, hidden_BtD)
-        picked = jnp.take_along_axis(logits, targets_Bt[..., None], axis=-1)[..., 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1)
-
-    split = jax.tree.map(
-        lambda a: jnp.moveaxis(a.reshape(batch, -1, size, *a.shape[2:]), 1, 0), (hidden_BTD, targets_BT)
-    )
-    found_BT = jnp.moveaxis(jax.lax.map(chunk, split), 0, 1).reshape(batch, length)
+    found_BT = score_targets(model, hidden_BTD, targets_BT).logprob_BT
     found_BT = jnp.pad(found_BT[:, :-1], ((0, 0), (1, 0)))
     real_BT = (segments_BT > 0) & (positions_BT > 0)
     return jnp.where(real_BT, found_BT, 0.0)

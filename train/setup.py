@@ -35,6 +35,7 @@ from train.data.system import explain_disk
 from train.losses import Parts, Totals, next_token
 from train.optimizer import make_optimizer
 from train.origin import NewRows, Origin
+from train.policy import policy_loss
 from train.state import (
     TrainState,
     abstract_state,
@@ -153,6 +154,8 @@ class Job:
         self, model: Transformer, rows: dict[str, jax.Array], sums: Totals, before: Parts
     ) -> tuple[jax.Array, Parts]:
         """The loss of one micro-batch, with this run's weights of its parts."""
+        if self.run.objective == "rl":
+            return policy_loss(model, rows, sums, before, self.run.rl, self.run.loss)
         return next_token(model, rows, sums, before, self.run.loss)
 
     def compiled_step(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
@@ -217,7 +220,7 @@ def prepare_job(run: Run, out: Path, checkpoints: Checkpoints, start: int | None
     different = origin.check(run) if origin else []
     mesh = make_mesh(run.mesh)
     skeleton = make_skeleton(run)
-    optimizer = make_optimizer(run.optimizer, run.steps, skeleton)
+    optimizer = make_optimizer(run.optimizer, run.optimizer_steps, skeleton)
     abstract = abstract_state(run, skeleton, optimizer, mesh)
     if start is not None:
         check_same(flatten(abstract), checkpoints.leaves(start), f"the run in {out}")

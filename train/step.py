@@ -89,6 +89,7 @@ def make_train_step(run: Run, skeleton: Skeleton, loss: Loss, optimizer: optax.G
             "skipped": skipped,
             "bad_steps": new.bad_steps,
         }
+        metrics |= {**parts.more, **parts.peaks}
         if skeleton.further:
             metrics["mtp_loss"] = parts.mtp_loss
         if counts_LE.size:
@@ -154,16 +155,17 @@ def accumulate(
     # Row r goes to micro-batch r % count, so that each device keeps its own rows.
     micro = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, count, *a.shape[1:]), 1, 0), batch)
 
-    def body(carry: tuple[Arrays, Parts], rows: dict[str, Array]) -> tuple[tuple[Arrays, Parts], None]:
+    def body(carry: tuple[Arrays, Parts], rows: dict[str, Array]) -> tuple[tuple[Arrays, Parts], Any]:
         sum_of, before = carry
         part, after = gradient(state.params, rows, before)
         # Added in float32 in any case; the sum alone is stored in `dtype`.
         total = jax.tree.map(jnp.add, cast(sum_of, "float32"), cast(own_part(part), "float32"))
-        return (cast(total, dtype), after), None
+        return (cast(total, dtype), after.sums), (after.more, after.peaks)
 
     zeros = own_part({name: jnp.zeros(weight.shape, dtype) for name, weight in state.params.items()})
-    (gradients, parts), _ = jax.lax.scan(body, (zeros, before), micro)
-    return gradients, parts
+    (gradients, parts), (more, peaks) = jax.lax.scan(body, (zeros, before), micro)
+    more = {name: each.sum() for name, each in more.items()}
+    return gradients, replace(parts, more=more, peaks={name: each.max() for name, each in peaks.items()})
 
 
 def update_bias(extra: Arrays, counts_LE: Array, run: Run, skeleton: Skeleton) -> Arrays:
@@ -179,14 +181,18 @@ def update_bias(extra: Arrays, counts_LE: Array, run: Run, skeleton: Skeleton) -
     return {**extra, **moved}
 
 
-def make_validation_step(run: Run, skeleton: Skeleton, loss: Loss) -> Callable[[TrainState, dict[str, Array]], Array]:
-    """`(state, batch) -> [sum of weighted losses in nats, sum of weights]`."""
+def make_validation_step(
+    run: Run, skeleton: Skeleton, loss: Loss
+) -> Callable[[TrainState, dict[str, Array]], dict[str, Array]]:
+    """`(state, batch) ->` sums of the loss and of `Parts.more`, and `weight`: the number of what they are means of."""
 
-    def step(state: TrainState, batch: dict[str, Array]) -> Array:
+    def step(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
         model = skeleton.merge(working(run, skeleton, state.params), state.extra)
         model.matmul, model.exchange = "plain", exact(model.exchange)  # as the model is used
         sums = totals(batch)
         _, parts = loss(model, batch, sums, no_parts(model))
-        return jnp.stack([parts.loss * sums.weight, sums.weight])
+        return {name: one * sums.weight for name, one in {"loss": parts.loss, **parts.more}.items()} | {
+            "weight": sums.weight
+        }
 
     return step

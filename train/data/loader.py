@@ -325,6 +325,8 @@ def open_data(run: Run, tokenizer: Tokenizer, cache_dir: Path) -> DataSets:
     too small to give a row.
     """
     data = run.data
+    if run.objective == "rl":  # its rows come from tasks
+        return DataSets(run, tokenizer, [], (), {VALIDATION: Rows([]), REFERENCE: Rows([])})
     held_out: list[Part] = []
     sources: list[Rows] = []
     for pattern in data.sources:

@@ -1,0 +1,67 @@
+"""The steps of reinforcement learning, with what the loop of any training does besides: log, validate, save, stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from train.loop import Pending, Recorder, save
+from train.rl.learner import Learner
+from train.setup import Job
+from train.signals import StopRequest
+from train.state import TrainState
+
+SAMPLES = "samples.jsonl"
+"""Replies to held-out problems, a line each, with the step that they were drawn at."""
+
+
+def run_steps(job: Job, state: TrainState, start: int, recorder: Recorder, stop: StopRequest) -> int:
+    """The steps from `start` on; returns the number of steps done."""
+    run, learner = job.run, Learner(job, state)
+    if not start and run.validate_every:
+        with recorder.clock.pause():
+            validate(learner, 0, job.out, recorder)
+    done, asked = start, stop.agreed(start)
+    while done < run.steps and not asked:
+        done += 1
+        state, metrics = learner.step(state, done)
+        recorder.push(Pending(done, metrics, {}))
+        last = done == run.steps
+        more: dict[str, float] = {}
+        if last or (run.validate_every and done % run.validate_every == 0):
+            with recorder.clock.pause():
+                more = validate(learner, done, job.out, recorder)
+        asked = stop.agreed(done)
+        if last or asked or done % run.checkpoint.every == 0:
+            recorder.flush()
+            with recorder.clock.pause():
+                # The best checkpoint is the one with the least of this.
+                save(job, state, done, -more["validation_reward"] if "validation_reward" in more else None)
+        job.checkpoints.check()
+    recorder.flush()
+    return done
+
+
+def validate(learner: Learner, step: int, out: Path, recorder: Recorder) -> dict[str, float]:
+    """Answers held-out problems; writes some of the answers down."""
+    found, shown = learner.validate()
+    if recorder.pending is not None:
+        recorder.pending.more |= found
+    elif found:
+        recorder.begin(found)
+    if jax.process_index() == 0:
+        write_samples(out / SAMPLES, step, shown)
+    return found
+
+
+def write_samples(path: Path, step: int, shown: list[dict[str, Any]]) -> None:
+    """Adds the replies of a step in the place of what a run that was cut back had from it on."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] < step]
+    kept += [json.dumps({"step": step, **one}, ensure_ascii=False) for one in shown]
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text("".join(line + "\n" for line in kept))
+    partial.replace(path)

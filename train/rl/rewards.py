@@ -1,0 +1,182 @@
+"""What replies are worth: the task's own grade, a reward model, a judge at an endpoint, or several of them weighted."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs.alignment import RLConfig
+from errors import UserError, did_you_mean
+from model.forward import Batch, forward
+from model.load import load_model
+from model.tokenizer import Tokenizer
+from model.transformer import Transformer
+from train.preference import score_hidden
+from train.rl.samples import Sample
+from train.tasks import Problem, Task, grade_safely
+
+KINDS = ("task", "model", "judge")
+JUDGE_SECONDS = 60.0
+JUDGE_TRIES = 4
+"""Before a reply goes without a reward, where that is what the config wants."""
+LONGEST_WAIT = 60.0
+"""Seconds between two tries."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A problem, and the task that it is of."""
+
+    task: Task
+    problem: Problem
+
+
+class Reward(Protocol):
+    """One source of rewards."""
+
+    name: str
+
+    def __call__(self, asked: Sequence[Asked], samples: Sequence[Sample]) -> Sequence[float | None]:
+        """Of each reply its reward; None where there is none to be had."""
+        ...
+
+
+class GradeReward:
+    """The grade that the task gives, 0 to 1; a grader that raises gives 0, and is counted."""
+
+    name = "task"
+
+    def __init__(self) -> None:
+        self.raised = 0
+
+    def __call__(self, asked: Sequence[Asked], samples: Sequence[Sample]) -> list[float | None]:
+        found: list[float | None] = []
+        for one, sample in zip(asked, samples, strict=True):
+            grade = grade_safely(one.task, one.problem, sample.reply)
+            self.raised += grade.raised
+            found.append(grade.score)
+        return found
+
+
+class ModelReward:
+    """The score that a reward model gives to prompt and reply.
+
+    Raises:
+        UserError: the model has no head for that, or reads other tokens than the one that is trained.
+    """
+
+    def __init__(self, path: Path, tokenizer: Tokenizer):
+        self.name = "model"
+        model, own = load_model(path)
+        if model.config.num_labels != 1:
+            raise UserError(f"{path} is no reward model; train one with objective=reward")
+        if own.fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"the reward model {path} has another tokenizer than the model that is trained; use one of its kin"
+            )
+        self._model, self._score = model, jax.jit(_last_scores)
+
+    def __call__(self, asked: Sequence[Asked], samples: Sequence[Sample]) -> list[float | None]:
+        lengths = [len(sample.tokens) for sample in samples]
+        length = 1 << max(max(lengths) - 1, 15).bit_length()
+        tokens = np.zeros((len(samples), length), np.int32)
+        for row, sample in enumerate(samples):
+            tokens[row, : lengths[row]] = sample.tokens
+        return np.asarray(self._score(self._model, tokens, np.asarray(lengths))).tolist()
+
+
+def _last_scores(model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+    """A reward model's score at the last token of each row."""
+    place_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+    positions_BT = jnp.broadcast_to(place_T, tokens_BT.shape)
+    segments_BT = (place_T < lengths_B[:, None]).astype(jnp.int32)
+    hidden_BTD = forward(model, Batch(tokens_BT, positions_BT, segments_BT)).hidden_BTD
+    last_B1D = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
+    return score_hidden(model, last_B1D)[:, 0]
+
+
+class JudgeReward:
+    """A number, 0 to 10, that a language model at an OpenAI-compatible endpoint says; as a reward 0 to 1."""
+
+    def __init__(self, url: str, config: RLConfig, client: httpx.Client | None = None):
+        self.name, self._config = "judge", config
+        self._url = url.rstrip("/")
+        self._client = client or httpx.Client(timeout=JUDGE_SECONDS)
+        self.failures = 0
+
+    def __call__(self, asked: Sequence[Asked], samples: Sequence[Sample]) -> list[float | None]:
+        return [self._ask(one.problem, sample) for one, sample in zip(asked, samples, strict=True)]
+
+    def _ask(self, problem: Problem, sample: Sample) -> float | None:
+        tries = 0
+        while True:
+            try:
+                return self._once(problem, sample)
+            except (httpx.HTTPError, ValueError, LookupError) as error:
+                self.failures += 1
+                tries += 1
+                if self._config.judge_down == "skip" and tries >= JUDGE_TRIES:
+                    return None
+                if tries == 1:
+                    print(f"the judge at {self._url} does not answer ({error}); asking again", flush=True)
+                time.sleep(min(2.0 ** (tries - 2), LONGEST_WAIT))
+
+    def _once(self, problem: Problem, sample: Sample) -> float:
+        talk = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in problem.prompt)
+        body: dict[str, Any] = {
+            "messages": [
+                {"role": "system", "content": self._config.judge_prompt},
+                {"role": "user", "content": f"{talk}\n\nReply to rate:\n{sample.reply}"},
+            ],
+            "temperature": 0,
+        }
+        body["model"] = self._config.judge_model or self._first_model()
+        answer = self._client.post(f"{self._url}/chat/completions", json=body).raise_for_status().json()
+        said = answer["choices"][0]["message"]["content"]
+        numbers = re.findall(r"\d+(?:\.\d+)?", said or "")
+        if not numbers:
+            raise ValueError(f"no number in {said!r}")
+        return min(float(numbers[-1]), 10.0) / 10
+
+    def _first_model(self) -> str:
+        return self._client.get(f"{self._url}/models").raise_for_status().json()["data"][0]["id"]
+
+
+def make_rewards(config: RLConfig, tokenizer: Tokenizer) -> list[Reward]:
+    """The sources that the config names. UserError for a kind that there is not."""
+    found: list[Reward] = []
+    for spec in config.rewards:
+        kind, _, where = spec.partition(":")
+        if kind == "task" and not where:
+            found.append(GradeReward())
+        elif kind == "model" and where:
+            found.append(ModelReward(Path(where), tokenizer))
+        elif kind == "judge" and where:
+            found.append(JudgeReward(where, config))
+        else:
+            hint = did_you_mean(kind, KINDS) or "; there is task, model:DIR and judge:URL"
+            raise UserError(f"rl.rewards has {spec!r}{hint}")
+    return found
+
+
+def give(
+    rewards: Sequence[Reward], weights: Sequence[float], asked: Sequence[Asked], samples: Sequence[Sample]
+) -> None:
+    """Writes to each reply what it is worth: the weighted sum, or that it is skipped where a part is missing."""
+    each = [reward(asked, samples) for reward in rewards]
+    factors = list(weights) or [1.0] * len(rewards)
+    for index, sample in enumerate(samples):
+        parts = {reward.name: values[index] for reward, values in zip(rewards, each, strict=True)}
+        known = {name: value for name, value in parts.items() if value is not None}
+        sample.parts, sample.skipped = known, len(known) < len(parts)
+        if not sample.skipped:
+            sample.reward = sum(factor * value for factor, value in zip(factors, known.values(), strict=True))
