@@ -46,6 +46,10 @@ class DataConfig:
     """Processes that read ahead; 0 reads in a thread."""
     max_bad_rows: int = 100
     """Malformed rows that are skipped (each is reported) before the input is refused."""
+    too_long: Literal["cut", "cut_left", "drop", "refuse"] = "cut"
+    """What happens to a conversation longer than a row: keep its beginning, keep its end, leave it out, or stop."""
+    train_on: Literal["assistant", "last"] = "assistant"
+    """sft: every turn of the assistant, or the last one alone."""
     cache: str = ""
     """Where tokenised sources are kept; empty means a `data` directory in the run."""
 
@@ -164,8 +168,8 @@ class Run:
     """Devices along each axis."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving."""
-    objective: Literal["pretrain", "sft"] = "pretrain"
-    """pretrain: every token of raw text; sft: the assistant's turns of conversations."""
+    objective: Literal["pretrain", "sft", "dpo", "reward", "kto"] = "pretrain"
+    """pretrain: raw text; sft: the assistant's turns; dpo, reward: pairs of replies; kto: replies, good or bad."""
     init_from: str = ""
     """A MODEL whose weights to start from: a run, a Hugging Face directory, a .gguf or a llama2.c file."""
     init_model: Literal["config", "source"] = "config"
@@ -220,10 +224,22 @@ class Run:
             raise UserError(
                 f"{rows} rows of a micro-batch do not divide over data x fsdp x expert = {self.mesh.batch_shards}"
             )
+        check_rows(self)
         check_start(self)
         # Sizes that init_from gives are not known yet; they are judged when they take the place of `model`.
         if self.init_model == "config":
             check_model(self)
+
+
+def check_rows(run: Run) -> None:
+    """Refuses fields about rows that the objective has no use for."""
+    if run.data.too_long != "cut" and run.objective == "pretrain":
+        raise UserError(
+            f"data.too_long={run.data.too_long} is about conversations; objective=pretrain goes on in the next row "
+            "where a document is longer than one"
+        )
+    if run.data.train_on != "assistant" and run.objective != "sft":
+        raise UserError(f"data.train_on={run.data.train_on} goes with objective=sft, not {run.objective}")
 
 
 def check_start(run: Run) -> None:
