@@ -225,7 +225,9 @@ class Tokenizer:
         marked = self._template.render(
             messages, tools, add_generation_prompt=add_generation_prompt, enable_thinking=enable_thinking
         )
-        texts = (text for part, own in self._parts(marked) for text, _ in (self._opening(part) if own else [(part, own)]))
+        texts = (
+            text for part, own in self._parts(marked) for text, _ in (self._opening(part) if own else [(part, own)])
+        )
         return [i for text in texts for i in self._encode_structure(text)]
 
     def encode_conversation(

@@ -100,11 +100,14 @@ def _names(value: dict[str, Any]) -> str:
 
 
 def turns_of(value: dict[str, Any], name: str) -> list[Message]:
-    """Messages of a list of turns in OpenAI's form or ShareGPT's, under `name` in a row. Raises BadRowError."""
+    """Messages of the list of turns under `name` in a row: OpenAI's, ShareGPT's, or (elsewhere) either.
+
+    Raises BadRowError.
+    """
     turns = value[name]
     if not isinstance(turns, list) or not turns:
         raise BadRowError(f'"{name}" is not a list of turns')
-    read = _sharegpt if name == "conversations" else _openai
+    read = {"messages": _openai, "conversations": _sharegpt}.get(name, one_turn)
     return [read(turn) for turn in turns]
 
 
