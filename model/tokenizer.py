@@ -285,7 +285,7 @@ class Tokenizer:
         return [(text, own) for text, own in parts if text]
 
     def _opening(self, part: str) -> list[tuple[str, bool]]:
-        """An assistant's own part, cut behind the empty block of thoughts that it may begin with: (text, is it that)."""
+        """An assistant's own part, cut behind an empty block of thoughts that it begins with: (text, is it that)."""
         empty = self._no_thoughts
         return [(empty, True), (part[len(empty) :], False)] if empty and part.startswith(empty) else [(part, False)]
 

@@ -30,7 +30,7 @@ Mode = Literal["split", "whole"]
 TooLong = Literal["cut", "cut_left", "drop", "refuse"]
 WINDOW = 1 << 15
 """Documents that are packed (in mode "split" also shuffled) together: bounds memory."""
-_VERSION = 1  # of the algorithm: an index of another version is not used
+_VERSION = 2  # of the algorithm: an index of another version is not used
 _PIECE = np.dtype([("doc", "<i8"), ("start", "<i8"), ("length", "<i4")])
 
 

@@ -79,7 +79,7 @@ class Cut:
 def materialize_pairs(
     pieces: Iterable[tuple[int, int, int]], fetch: Fetch, cut: Cut, documents: int
 ) -> dict[str, np.ndarray]:
-    """The arrays of one row, each [T], as of `packing.materialize`, and `labels` (float32). `documents`: in the store."""
+    """The arrays of one row, each [T]: those of `packing.materialize`, and `labels`. The store has so many `documents`."""
     row = empty_row(cut.length, labels=True)
     at, segment = 0, 1
     for doc, _, _ in pieces:

@@ -56,10 +56,10 @@ def pair_of(value: dict[str, Any]) -> Pair | None:
             raise BadRowError(f'no "{name}"; its fields are {", ".join(sorted(map(repr, value))[:8]) or "none"}')
     prompt = _prompt(value)
     chosen, rejected = (_reply(value, name) for name in ("chosen", "rejected"))
-    if _is_whole(chosen) and _is_whole(rejected):
-        # A prompt that is a string repeats their question, as in UltraFeedback; one of turns may go before them.
-        if isinstance(value.get("prompt"), str) or all(side[: len(prompt)] == prompt for side in (chosen, rejected)):
-            prompt, chosen, rejected = _common_beginning(chosen, rejected)
+    # A prompt that is a string repeats their question, as in UltraFeedback; one of turns may go before them.
+    repeats = isinstance(value.get("prompt"), str) or all(s[: len(prompt)] == prompt for s in (chosen, rejected))
+    if _is_whole(chosen) and _is_whole(rejected) and repeats:
+        prompt, chosen, rejected = _common_beginning(chosen, rejected)
     prompt, tools = _begun(value, prompt), tools_of(value)
     _check_reply(chosen, "chosen")
     _check_reply(rejected, "rejected")
