@@ -41,6 +41,10 @@ class DataConfig:
     """Processes that read ahead; 0 reads in a thread."""
     max_bad_rows: int = 100
     """Malformed rows that are skipped (each is reported) before the input is refused."""
+    too_long: Literal["cut", "cut_left", "drop", "refuse"] = "cut"
+    """What happens to a conversation longer than a row: keep its beginning, keep its end, leave it out, or stop."""
+    train_on: Literal["assistant", "last"] = "assistant"
+    """sft: every turn of the assistant, or the last one alone."""
     cache: str = ""
     """Where tokenised sources are kept; empty means a `data` directory in the run."""
 
@@ -163,8 +167,8 @@ class Run:
     """Devices along each axis."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving."""
-    objective: Literal["pretrain", "sft", "rl"] = "pretrain"
-    """pretrain: every token of raw text; sft: the assistant's turns of conversations; rl: replies that are rewarded."""
+    objective: Literal["pretrain", "sft", "dpo", "reward", "kto", "rl"] = "pretrain"
+    """pretrain: raw text; sft: the assistant's turns; dpo, reward: pairs of replies; kto: replies, good or bad; rl: tasks."""
     init_from: str = ""
     """A MODEL whose weights to start from: a run, a Hugging Face directory, a .gguf or a llama2.c file."""
     init_model: Literal["config", "source"] = "config"
@@ -224,6 +228,7 @@ class Run:
             raise UserError(
                 f"{rows} rows of a micro-batch do not divide over data x fsdp x expert = {self.mesh.batch_shards}"
             )
+        check_rows(self)
         check_start(self)
         check_objective(self)
         # Sizes that init_from gives are not known yet; they are judged when they take the place of `model`.
@@ -243,6 +248,17 @@ def check_objective(run: Run) -> None:
             )
         if run.rl.replay and not (run.model.moe.num_experts or run.init_model == "source"):
             raise UserError("rl.replay sends tokens to the experts that they went to, and this model has none")
+
+
+def check_rows(run: Run) -> None:
+    """Refuses fields about rows that the objective has no use for."""
+    if run.data.too_long != "cut" and run.objective == "pretrain":
+        raise UserError(
+            f"data.too_long={run.data.too_long} is about conversations; objective=pretrain goes on in the next row "
+            "where a document is longer than one"
+        )
+    if run.data.train_on != "assistant" and run.objective != "sft":
+        raise UserError(f"data.train_on={run.data.train_on} goes with objective=sft, not {run.objective}")
 
 
 def check_start(run: Run) -> None:

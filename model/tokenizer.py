@@ -225,27 +225,48 @@ class Tokenizer:
         marked = self._template.render(
             messages, tools, add_generation_prompt=add_generation_prompt, enable_thinking=enable_thinking
         )
-        return [i for part, _ in self._parts(marked) for i in self._encode_structure(part)]
+        texts = (
+            text for part, own in self._parts(marked) for text, _ in (self._opening(part) if own else [(part, own)])
+        )
+        return [i for text in texts for i in self._encode_structure(text)]
 
-    def encode_conversation(self, messages: Messages, *, tools: Tools = None) -> tuple[list[int], list[bool]]:
+    def encode_conversation(
+        self, messages: Messages, *, tools: Tools = None, learned: Sequence[bool] | None = None
+    ) -> tuple[list[int], list[bool]]:
         """Ids of a whole conversation, and which of them the assistant has to produce.
 
         Those are its thoughts, words and calls and the token that ends its turn, in every turn as it is shown (Qwen3
-        shows earlier turns without thoughts). UserError when the template does not tell turns apart.
+        shows earlier turns without thoughts); with `learned`, which has a word for each turn of the assistant in their
+        order, in those turns alone. An empty block of thoughts is the prompt's where thinking is off
+        (`enable_thinking=False` writes it), so it is the assistant's only where the last of "/think" and "/no_think"
+        that it was told is "/no_think": there the model opens and closes it by itself (arXiv 2505.09388, 4.3).
+
+        UserError when the template does not tell turns apart.
         """
-        marked = self._template.render(messages, tools)
-        parts = self._parts(marked)
-        if not any(own for _, own in parts) and any(message["role"] == "assistant" for message in messages):
+        parts = self._parts(self._template.render(messages, tools))
+        switches = _no_think(messages)
+        own = sum(begins for _, begins in parts)
+        if not own and switches:
             raise UserError(
                 f"the chat template of {self.source} does not say where an assistant's turn begins; "
                 "enclose what the model produces in {% generation %} and {% endgeneration %}"
             )
+        if own != len(switches):
+            if learned is not None and not all(learned):
+                raise UserError(
+                    f"the chat template of {self.source} shows {len(switches)} turns of the assistant in {own} parts, "
+                    "so it cannot be said which of them are learned"
+                )
+            switches, learned = [False] * own, None
+        turns = zip(switches, learned or [True] * own, strict=True)
         ids: list[int] = []
         owned: list[bool] = []
-        for part, own in parts:
-            tokens = self._encode_structure(part)
-            ids += tokens
-            owned += [own] * len(tokens)
+        for part, is_own in parts:
+            switch, learn = next(turns) if is_own else (False, False)
+            for text, opened in self._opening(part) if is_own else [(part, False)]:
+                tokens = self._encode_structure(text)
+                ids += tokens
+                owned += [learn and (switch or not opened)] * len(tokens)
         return ids, owned
 
     def _parts(self, marked: str) -> list[tuple[str, bool]]:
@@ -263,6 +284,11 @@ class Tokenizer:
             parts += [(self._assistant_header, False), (turn[:end], True), (turn[end:], False)]
         return [(text, own) for text, own in parts if text]
 
+    def _opening(self, part: str) -> list[tuple[str, bool]]:
+        """An assistant's own part, cut behind an empty block of thoughts that it begins with: (text, is it that)."""
+        empty = self._no_thoughts
+        return [(empty, True), (part[len(empty) :], False)] if empty and part.startswith(empty) else [(part, False)]
+
     @cached_property
     def _assistant_header(self) -> str:
         """What stands before an assistant's own part, such as "<|im_start|>assistant\\n"; empty when unknown.
@@ -278,6 +304,17 @@ class Tokenizer:
             return ""
         header = after.removeprefix(before).split("<think>")[0] if after.startswith(before) else ""
         return header if self._structure.search(header) else ""
+
+    @cached_property
+    def _no_thoughts(self) -> str:
+        """The empty block of thoughts that a prompt ends with where thinking is off; empty where there is none."""
+        probe = [{"role": "user", "content": "x"}]
+        try:
+            prompt = self._template.render(probe, add_generation_prompt=True, enable_thinking=False)
+        except UserError:
+            return ""
+        block = re.search(r"<think>\s*</think>\s*$", prompt)
+        return block.group() if block else ""
 
     @cached_property
     def _template(self) -> ChatTemplate:
@@ -297,6 +334,24 @@ class Tokenizer:
             named = {row.get("name"): row.get("template") for row in template if isinstance(row, dict)}
             template = named.get("default")
         return template if isinstance(template, str) else default_template()
+
+
+SWITCH = re.compile(r"(?<![A-Za-z0-9_./-])/(?:no_)?think(?![A-Za-z0-9_/-])")
+"""Qwen3's words to the model, in what users and the system say: the last one holds until the next."""
+
+
+def _no_think(messages: Messages) -> list[bool]:
+    """For each turn of the assistant, whether the last switch that it was told is "/no_think"."""
+    found: list[bool] = []
+    off = False
+    for message in messages:
+        if message["role"] == "assistant":
+            found.append(off)
+        elif message["role"] in ("system", "user"):
+            content = message.get("content")
+            texts = [content] if isinstance(content, str) else [part["text"] for part in content or []]
+            off = next((word == "/no_think" for word in reversed(SWITCH.findall("\n".join(texts)))), off)
+    return found
 
 
 def _parse_config(raw: bytes | None, source: str) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from configs.run import DataConfig, Run
 from errors import UserError
 from tests.text_fixtures import byte_tokenizer, chats, sentences, write_jsonl
 from train.data import loader
-from train.data.loader import Batch, DataSets, TrainingBatches, open_data
+from train.data.loader import DataSets, open_data
 from train.data.prepare import prepare
+from train.data.rows import Batch, TrainingBatches
 
 TOKENIZER = byte_tokenizer()
 A_TEXTS = [f"A{text}" for text in sentences(300)]
@@ -229,10 +230,10 @@ def test_a_store_that_may_not_be_written_keeps_its_index_in_the_cache(
     prepare([place / "b.jsonl.gz"], TOKENIZER, tmp_path / "shared")
     real: Callable[..., Any] = loader.build_index
 
-    def refusing(windows: Any, length: int, mode: Any, path: Path) -> Any:
+    def refusing(windows: Any, length: int, mode: Any, path: Path, *more: Any) -> Any:
         if "shared" in path.parts:
             raise PermissionError(13, "Permission denied")
-        return real(windows, length, mode, path)
+        return real(windows, length, mode, path, *more)
 
     monkeypatch.setattr(loader, "build_index", refusing)
     data = open_data(run_of(tmp_path, "shared"), TOKENIZER, tmp_path / "cache")

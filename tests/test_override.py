@@ -103,7 +103,7 @@ def test_json_round_trip(run: Outer) -> None:
         ),
         mesh=st.sampled_from([MeshConfig(), MeshConfig(fsdp=2, tensor=4), MeshConfig(data=8)]),
         steps=st.integers(1, 10**9),
-        objective=st.sampled_from(["pretrain", "sft"]),
+        objective=st.sampled_from(["pretrain", "sft", "dpo", "reward", "kto"]),
     )
 )
 def test_a_run_survives_json(run: Run) -> None:

@@ -44,25 +44,48 @@ def document_text(value: dict[str, Any]) -> str:
 
 
 def conversation(value: dict[str, Any]) -> tuple[list[Message], list[dict[str, Any]] | None]:
-    """Messages (role, content, perhaps reasoning_content and tool_calls) and tools of a row. Raises BadRowError."""
+    """Messages (role, content, perhaps reasoning_content, tool_calls and weight) and tools of a row.
+
+    Raises BadRowError.
+    """
     if "messages" in value:
-        messages = [_openai(turn) for turn in _turns(value, "messages")]
+        messages = turns_of(value, "messages")
     elif "conversations" in value:
-        messages = [_sharegpt(turn) for turn in _turns(value, "conversations")]
+        messages = turns_of(value, "conversations")
     elif "instruction" in value and "output" in value:
         messages = _alpaca(value)
     else:
         raise BadRowError(
             f'no "messages", "conversations" or "instruction" with "output"; its fields are {_names(value)}'
         )
-    system = value.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
+    messages = with_system(value, messages)
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRowError("no turn of the assistant, so nothing to learn")
-    tools = _tools(value.get("tools"))
-    _check_unicode(json.dumps([messages, tools], ensure_ascii=False))
+    check_said(messages)
+    tools = tools_of(value)
+    check_unicode(messages, tools)
     return messages, tools
+
+
+def with_system(value: dict[str, Any], messages: list[Message]) -> list[Message]:
+    """Messages that begin with the `system` of a row, where it has one and they have none."""
+    system = value.get("system")
+    if isinstance(system, str) and system and not (messages and messages[0]["role"] == "system"):
+        return [{"role": "system", "content": system}, *messages]
+    return messages
+
+
+def check_said(messages: list[Message]) -> None:
+    """Raises BadRowError for a turn of the assistant that says, thinks and calls nothing."""
+    turns = [message for message in messages if message["role"] == "assistant"]
+    for number, turn in enumerate(turns, 1):
+        if not (turn["content"].strip() or turn.get("reasoning_content") or turn.get("tool_calls")):
+            raise BadRowError(f"turn {number} of the assistant is empty")
+
+
+def check_unicode(*values: Any) -> None:
+    """Raises BadRowError for half a character in any string of `values`."""
+    _check_unicode(json.dumps(values, ensure_ascii=False))
 
 
 def _check_unicode(text: str) -> None:
@@ -76,11 +99,21 @@ def _names(value: dict[str, Any]) -> str:
     return ", ".join(sorted(map(repr, value))[:8]) or "none"
 
 
-def _turns(value: dict[str, Any], name: str) -> list[Any]:
+def turns_of(value: dict[str, Any], name: str) -> list[Message]:
+    """Messages of the list of turns under `name` in a row: OpenAI's, ShareGPT's, or (elsewhere) either.
+
+    Raises BadRowError.
+    """
     turns = value[name]
     if not isinstance(turns, list) or not turns:
         raise BadRowError(f'"{name}" is not a list of turns')
-    return turns
+    read = {"messages": _openai, "conversations": _sharegpt}.get(name, one_turn)
+    return [read(turn) for turn in turns]
+
+
+def one_turn(turn: Any) -> Message:
+    """A message of one turn in either form. Raises BadRowError."""
+    return _sharegpt(turn) if isinstance(turn, dict) and "from" in turn else _openai(turn)
 
 
 def _openai(turn: Any) -> Message:
@@ -92,6 +125,8 @@ def _openai(turn: Any) -> Message:
     for name in ("reasoning_content", "tool_calls", "name", "tool_call_id"):
         if turn.get(name) is not None:
             message[name] = turn[name]
+    if turn.get("weight") is not None:
+        message["weight"] = _weight(turn)
     _check_calls(message.get("tool_calls", []))
     content = turn.get("content")
     if isinstance(content, list):
@@ -99,9 +134,19 @@ def _openai(turn: Any) -> Message:
             _add_part(message, part)
     elif isinstance(content, str):
         message["content"] = content
-    elif content is not None or not message.get("tool_calls"):
+    elif content is not None or not (message.get("tool_calls") or message.get("reasoning_content")):
         raise BadRowError(f'"content" of the {turn["role"]} is a {type(content).__name__}, not a string')
     return message
+
+
+def _weight(turn: dict[str, Any]) -> int:
+    """OpenAI's word on whether a turn of the assistant is learned: 0 or 1."""
+    weight = turn["weight"]
+    if turn["role"] != "assistant":
+        raise BadRowError(f'a "weight" on a turn of the {turn["role"]}; it goes on the assistant\'s alone')
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise BadRowError(f'"weight" is {weight!r}, neither 0 nor 1')
+    return int(weight)
 
 
 def _add_part(message: Message, part: Any) -> None:
@@ -155,8 +200,9 @@ def _calls(text: str) -> list[dict[str, Any]]:
     ]
 
 
-def _tools(tools: Any) -> list[dict[str, Any]] | None:
-    """Tools in OpenAI's form, from a list or the JSON of one; bare functions are wrapped."""
+def tools_of(value: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Tools of a row in OpenAI's form, from a list or the JSON of one; bare functions are wrapped."""
+    tools = value.get("tools")
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None
@@ -170,9 +216,16 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
 
 
 def _alpaca(value: dict[str, Any]) -> list[Message]:
+    output = value["output"]
+    if not isinstance(output, str):
+        raise BadRowError(f'"output" is a {type(output).__name__}, not a string')
+    return [instruction_of(value), {"role": "assistant", "content": output}]
+
+
+def instruction_of(value: dict[str, Any]) -> Message:
+    """The user's message of a row in Alpaca's form: `instruction`, and `input` on a line of its own."""
     given = value.get("input") or ""
-    for name, text in (("instruction", value["instruction"]), ("input", given), ("output", value["output"])):
+    for name, text in (("instruction", value["instruction"]), ("input", given)):
         if not isinstance(text, str):
             raise BadRowError(f'"{name}" is a {type(text).__name__}, not a string')
-    question = f"{value['instruction']}\n{given}" if given else value["instruction"]
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": value["output"]}]
+    return {"role": "user", "content": f"{value['instruction']}\n{given}" if given else value["instruction"]}

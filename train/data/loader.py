@@ -9,21 +9,21 @@ Without weights all sources are one: their rows shuffled together. No state is k
 
 from __future__ import annotations
 
-import bisect
 import errno
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from errors import UserError
-from train.data.order import derive, interleave, permute, shares
-from train.data.packing import Index, Mode, Window, build_index, empty_row, index_name, materialize
+from train.data.kinds import LABELLED, SPELLED, kind_of_rows
+from train.data.order import derive
+from train.data.packing import Index, Mode, Shorten, Window, build_index, index_name
+from train.data.pairs import Cut
 from train.data.prepare import SHARD_TOKENS, make_plan, prepare
+from train.data.rows import Batch, Part, Rows, TrainingBatches, ValidationBatches, stack
 from train.data.sources import expand, is_prepared
 from train.data.store import Split, Store, make_split
 from train.data.system import explain_disk, say, serve_parent
@@ -34,108 +34,10 @@ if TYPE_CHECKING:
     from configs.run import Run
     from model.tokenizer import Tokenizer
 
-Batch = dict[str, np.ndarray]
-"""tokens, targets, positions, segments int32 and weights float32, each [B, T]."""
-
 VALIDATION, REFERENCE = "validation", "reference"
 """Sets of held-out rows."""
-STEPS = 1 << 40
-"""Length of an endless dataset, in steps."""
 PREFETCH = 4
 """Batches read ahead."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Packed rows of one store. `part[r]`: arrays [T]."""
-
-    store: Store
-    index: Index
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, row: int) -> Batch:
-        return materialize(self.index[row], self._fetch, self.index.meta["sequence_length"])
-
-    def _fetch(self, doc: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
-        document = self.store.read(doc, start, stop)
-        return document.tokens, document.loss_mask
-
-
-class Rows:
-    """Rows of several parts, one after the other."""
-
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = list(parts)
-        self._ends = list(itertools.accumulate(map(len, self.parts)))
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def __getitem__(self, row: int) -> Batch:
-        number = bisect.bisect_right(self._ends, row)
-        return self.parts[number][row - (self._ends[number - 1] if number else 0)]
-
-    @property
-    def pairs(self) -> int:
-        """Targets in all rows, before any loss mask."""
-        return sum(part.index.pairs for part in self.parts)
-
-
-class TrainingBatches:
-    """A grain data source: item s is one host's share of the batch of step s."""
-
-    def __init__(
-        self, streams: Sequence[Rows], weights: Sequence[float], seed: int, batch_size: int, rows: tuple[int, int]
-    ) -> None:
-        self.streams, self.seed, self.batch_size, self.rows = list(streams), seed, batch_size, rows
-        self.shares = shares(weights)
-
-    def __len__(self) -> int:
-        return STEPS
-
-    def __getitem__(self, index: Any) -> Batch:
-        k = int(index) * self.batch_size + np.arange(*self.rows)
-        source, item = interleave(k, self.shares) if len(self.streams) > 1 else (np.zeros_like(k), k)
-        row = np.empty_like(k)
-        for number in np.unique(source):
-            mine = source == number
-            row[mine] = self.rows_of(int(number), item[mine])
-        return stack([self.streams[s][r] for s, r in zip(source.tolist(), row.tolist(), strict=True)])
-
-    def rows_of(self, source: int, k: np.ndarray) -> np.ndarray:
-        """Rows of a source that stand at positions `k` (int64 [n]) of its stream, which shuffles afresh each epoch."""
-        count = len(self.streams[source])
-        epoch = k // count
-        row = np.empty_like(k)
-        for e in np.unique(epoch):
-            mine = epoch == e
-            row[mine] = permute(k[mine] % count, count, derive(self.seed, "rows", source, int(e)))
-        return row
-
-
-class ValidationBatches:
-    """A grain data source: every held-out row once, in a fixed order that mixes the sources; the rest is padding."""
-
-    def __init__(self, held_out: Rows, sequence_length: int, batch_size: int, rows: tuple[int, int]) -> None:
-        self.held_out, self.batch_size, self.rows = held_out, batch_size, rows
-        self.sequence_length = sequence_length
-
-    def __len__(self) -> int:
-        return -(-len(self.held_out) // self.batch_size)
-
-    def __getitem__(self, index: Any) -> Batch:
-        count = len(self.held_out)
-        k = int(index) * self.batch_size + np.arange(*self.rows)
-        there = permute(k[k < count], count, derive("validation"))
-        padding = [empty_row(self.sequence_length)] * int((k >= count).sum())
-        return stack([*(self.held_out[row] for row in there.tolist()), *padding])
-
-
-def stack(rows: Sequence[Batch]) -> Batch:
-    """Rows of [T] as a batch of [rows, T]."""
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def host_rows(batch_size: int, host_index: int, host_count: int) -> tuple[int, int]:
@@ -238,6 +140,7 @@ class DataSets:
         held_out: Mapping[str, Rows],
     ) -> None:
         self._data, self._seed, self._tokenizer = run.data, run.seed, tokenizer
+        self._spells = kind_of_rows(run) in SPELLED
         self._streams, self._weights, self._held_out = list(streams), tuple(weights), dict(held_out)
         self._open: list[Batches] = []
         self._bytes: dict[tuple[int, str], int] = {}
@@ -280,14 +183,17 @@ class DataSets:
 
         rows = host_rows(self._data.batch_size, host_index, host_count)
         held_out = self._held_out[which]
-        source = ValidationBatches(held_out, self._data.sequence_length, self._data.batch_size, rows)
+        source = ValidationBatches(held_out, self._data.batch_size, rows)
         return self._keep(Batches(grain.MapDataset.source(source), stop=self._clip(n, which)))
 
     def validation_bytes(self, n: int | None = None, which: str = VALIDATION) -> int:
         """UTF-8 bytes that the weighted targets of those batches spell, over all hosts (ends of documents spell none).
 
-        The sum of their losses, in bits, over this number is exactly bits per byte.
+        The sum of their losses, in bits, over this number is exactly bits per byte. 0 for pairs and judged replies,
+        whose loss is not that of predicting text.
         """
+        if not self._spells:
+            return 0
         n = self._clip(n, which)
         if (n, which) not in self._bytes:
             total = 0
@@ -296,6 +202,39 @@ class DataSets:
                     total += int(self._spelled[batch["targets"][batch["weights"] > 0]].sum())
             self._bytes[n, which] = total
         return self._bytes[n, which]
+
+    @functools.cached_property
+    def parts(self) -> dict[str, Part]:
+        """Every part that is read in training or validation, by its key."""
+        weights = self._weights or (1.0,) * len(self._streams)
+        read = [rows for rows, weight in zip(self._streams, weights, strict=True) if weight > 0]
+        parts = (part for rows in (*read, *self._held_out.values()) for part in rows.parts)
+        return {part.key: part for part in parts if len(part)}
+
+    def rows_in_order(
+        self, batch_size: int, host_index: int = 0, host_count: int = 1
+    ) -> Iterator[tuple[str, int, Batch]]:
+        """(key of the part, its row that is the batch's first, the host's share of the batch) over all rows of `parts`.
+
+        The same order at every call; no batch holds rows of two parts, and the last one of each ends with empty rows.
+        """
+        first, end = host_rows(batch_size, host_index, host_count)
+        for key, part in self.parts.items():
+            for start in range(0, len(part), batch_size):
+                there = range(start + first, min(start + end, len(part)))
+                padding = [part.empty()] * (end - first - len(there))
+                yield key, start, stack([*(part[row] for row in there), *padding])
+
+    def attach_reference(self, paths: Mapping[str, Path]) -> None:
+        """Gives every row an array `reference` [T], of the float32 .npy file [rows, T] that stands for its part's key.
+
+        For batches that are asked for afterwards. UserError when a file is missing or of another shape.
+        """
+        weights = self._weights or (1.0,) * len(self._streams)
+        read = zip(self._streams, weights, strict=True)
+        self._streams = [rows.attach(paths) if weight > 0 else rows for rows, weight in read]
+        self._held_out = {name: rows.attach(paths) for name, rows in self._held_out.items()}
+        self.__dict__.pop("parts", None)
 
     def close(self) -> None:
         """Ends all threads and worker processes."""
@@ -338,9 +277,9 @@ def open_data(run: Run, tokenizer: Tokenizer, cache_dir: Path) -> DataSets:
             parts.append(_part(store, run, cache_dir, split, "train"))
             if split.threshold:
                 held_out.append(_part(store, run, cache_dir, split, "held out"))
-        sources.append(Rows(parts))
+        sources.append(Rows([part for part in parts if len(part)]))
         if not len(sources[-1]):
-            raise UserError(f"{pattern} holds no document of two tokens or more to train on; add text")
+            raise UserError(f"{pattern} holds no document that gives a row; {_mend(parts)}")
     if not sources:
         raise UserError("data.sources is empty; name files, globs or prepared directories")
     held_out += _whole(data.validation, run, tokenizer, cache_dir)
@@ -351,6 +290,12 @@ def open_data(run: Run, tokenizer: Tokenizer, cache_dir: Path) -> DataSets:
     return DataSets(run, tokenizer, streams, data.weights, held)
 
 
+def _mend(parts: Sequence[Part]) -> str:
+    if any(part.index.meta["dropped"] for part in parts):
+        return "all are too long for data.sequence_length: raise it"
+    return "documents of two tokens or more are needed to train on: add text"
+
+
 def _whole(patterns: Sequence[str], run: Run, tokenizer: Tokenizer, cache_dir: Path) -> list[Part]:
     """Sources that are held out as they are."""
     stores = (store for pattern in patterns for store in _stores(pattern, run, tokenizer, cache_dir))
@@ -359,46 +304,66 @@ def _whole(patterns: Sequence[str], run: Run, tokenizer: Tokenizer, cache_dir: P
 
 def _stores(pattern: str, run: Run, tokenizer: Tokenizer, cache_dir: Path) -> list[Store]:
     """The prepared directories that a source names, and its files as one store in the cache."""
-    paths = expand([pattern])
+    paths, kind = expand([pattern]), kind_of_rows(run)
     stores = [Store.open(path) for path in paths if is_prepared(path)]
     files = [path for path in paths if not path.is_dir()]
     if files:
-        plan = make_plan(files, tokenizer, run.objective, SHARD_TOKENS)
+        plan = make_plan(files, tokenizer, kind, SHARD_TOKENS)
         name = f"{files[0].name.split('.')[0]}-{derive(repr(plan)):016x}"
-        stores.append(
-            prepare(files, tokenizer, cache_dir / name, objective=run.objective, max_bad_rows=run.data.max_bad_rows)
-        )
+        stores.append(prepare(files, tokenizer, cache_dir / name, objective=kind, max_bad_rows=run.data.max_bad_rows))
     for store in stores:
-        store.check(tokenizer, run.objective)
+        store.check(tokenizer, kind)
+        if kind == "kto" and len(store) < 2:
+            raise UserError(
+                f"{store.path} holds one reply, and kto compares it with a reply to another prompt; add some"
+            )
     return stores
 
 
 def _part(store: Store, run: Run, cache_dir: Path, split: Split, which: Literal["train", "held out"]) -> Part:
     """Rows of the documents of one side of a split; their index stays beside the store, or else in the cache."""
-    mode: Mode = "split" if run.objective == "pretrain" else "whole"
-    length = run.data.sequence_length
+    mode: Mode = "split" if store.objective == "pretrain" else "whole"
+    length, too_long = run.data.sequence_length, run.data.too_long
+    cut = Cut(store.objective, length, too_long == "cut_left") if store.objective in LABELLED else None
+
+    def fetch(doc: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
+        document = store.read(doc, start, stop)
+        return document.tokens, document.loss_mask
 
     def windows() -> Iterator[Window]:
-        for first, lengths in store.windows(1 << 15):
+        longer, longest = 0, 0
+        for first, words in store.windows(1 << 15):
+            lengths = cut.whole(words) + 1 if cut else words
+            longer, longest = longer + int((lengths > length + 1).sum()), max(longest, int(lengths.max()) - 1)
             ids = np.arange(first, first + len(lengths), dtype=np.int64)
             mine = split.held_out(ids) == (which == "held out")
             yield ids[mine], lengths[mine]
+        if longer and too_long == "refuse":
+            raise UserError(
+                f"{longer:,} of {len(store):,} conversations of {store.path} are longer than data.sequence_length="
+                f"{length} (the longest takes {longest:,}); raise it, or set data.too_long to cut, cut_left or drop"
+            )
 
-    name = index_name(length, mode, f"{which} {split.name} {store.fingerprint}")
-    index = _index(windows, length, mode, [store.path / "index" / name, cache_dir / "index" / name])
-    if index.meta["cut"] and which == "train":
-        say(f"{index.meta['cut']:,} of {len(store):,} conversations of {store.path} are cut to {length} tokens")
+    policy = "" if mode == "split" else f" {too_long}"
+    name = index_name(length, mode, f"{which} {split.name} {store.fingerprint}{policy}")
+    shorten: Shorten | None = functools.partial(cut.shortened, fetch=fetch) if cut else None
+    places = [store.path / "index" / name, cache_dir / "index" / name]
+    index = _index(lambda path: build_index(windows(), length, mode, path, too_long, shorten), places)
+    if which == "train":
+        for count, what in ((index.meta["cut"], f"cut to {length} tokens"), (index.meta["dropped"], "left out")):
+            if count:
+                say(f"{count:,} of {len(store):,} conversations of {store.path} are {what}")
     return Part(store, index)
 
 
-def _index(windows: Callable[[], Iterator[Window]], length: int, mode: Mode, places: Sequence[Path]) -> Index:
+def _index(build: Callable[[Path], Index], places: Sequence[Path]) -> Index:
     """The index at the first of `places` that may be written; a store shared by many may be read-only."""
     *others, last = places
     for path in others:
         try:
-            return build_index(windows(), length, mode, path)
+            return build(path)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
     with explain_disk(last, "free some and run again"):
-        return build_index(windows(), length, mode, last)
+        return build(last)

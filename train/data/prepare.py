@@ -19,11 +19,12 @@ import numpy as np
 from errors import UserError
 from train.data.encoding import POOL_BYTES, Encoded, encoder
 from train.data.sources import BadRows, Place, Row, scan
-from train.data.store import FORMAT, RECORD_TOKENS, Store, pack_record, shard_name
+from train.data.store import FORMAT, MASKS, RECORD_TOKENS, Store, pack_record, shard_name
 from train.data.system import commit, explain_disk, locked, say, write_atomic
 
 if TYPE_CHECKING:
     from model.tokenizer import Tokenizer
+    from train.data.kinds import Kind
 
 SHARD_TOKENS = 1 << 26
 """Tokens after which a shard ends: 130 or 270 MB, some minutes of work lost by a kill."""
@@ -57,13 +58,12 @@ def source_fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def make_plan(sources: Sequence[Path], tokenizer: Tokenizer, objective: str, shard_tokens: int) -> dict[str, Any]:
-    """Everything that decides the bytes of a store."""
-    if objective not in ("pretrain", "sft"):
-        raise UserError(f"objective {objective!r} is neither 'pretrain' nor 'sft'")
+def make_plan(sources: Sequence[Path], tokenizer: Tokenizer, objective: Kind, shard_tokens: int) -> dict[str, Any]:
+    """Everything that decides the bytes of a store. `objective`: its kind of rows."""
     return {
         "format": FORMAT,
         "objective": objective,
+        **({} if objective == "pretrain" else {"masks": MASKS}),
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "record_tokens": RECORD_TOKENS,
@@ -80,7 +80,7 @@ def prepare(
     tokenizer: Tokenizer,
     out: Path,
     *,
-    objective: str = "pretrain",
+    objective: Kind = "pretrain",
     max_bad_rows: int = 100,
     shard_tokens: int = SHARD_TOKENS,
     progress: bool | None = None,
@@ -155,7 +155,7 @@ class _Preparation:
         self, sources: list[Path], tokenizer: Tokenizer, out: Path, plan: dict[str, Any], max_bad_rows: int
     ) -> None:
         self.sources, self.tokenizer, self.out, self.plan = sources, tokenizer, out, plan
-        self.objective: str = plan["objective"]
+        self.objective: Kind = plan["objective"]
         self.entries, self.state = _finished_shards(out)
         self.bad = BadRows(max_bad_rows, self.state.bad_rows)
         self.sizes = [source["size"] for source in plan["sources"]]

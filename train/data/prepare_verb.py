@@ -8,6 +8,7 @@ from typing import Any
 
 from errors import UserError
 from terminal import Parser, write_json
+from train.data.kinds import KINDS
 
 _DESCRIPTION = """\
 Tokenises text once into sharded ArrayRecord, which training reads at random.
@@ -15,7 +16,14 @@ Tokenises text once into sharded ArrayRecord, which training reads at random.
 SOURCES are files, globs or both: .txt (one document a file; large ones are cut at blank lines), .jsonl, .jsonl.gz,
 .jsonl.zst, .parquet, .arrayrecord. Rows for --objective pretrain hold {"text"}. Rows for --objective sft hold
 {"messages": [{"role", "content"}]}, {"conversations": [{"from", "value"}]} or {"instruction", "input", "output"}, with
-"tools" if there are any; loss falls on the assistant's turns alone.
+"tools" if there are any; loss falls on the assistant's turns alone, but for those with "weight": 0 (sft-last: on the
+last turn alone, for data.train_on=last).
+
+Rows for --objective preference (objective=dpo or reward) hold two replies: {"prompt", "chosen", "rejected"}, each text
+or a list of messages; {"chosen", "rejected"} as whole conversations with one beginning; {"messages" or "conversations",
+"chosen", "rejected"}; {"instruction", "input", "chosen", "rejected"}; with a "margin" where there is one. Rows for
+--objective kto hold a reply and whether it is good: {"prompt", "completion", "label": true}, {"messages", "label"} or
+{"conversations", "kto_tag"}. The file in which `qmax serve` keeps feedback is read by both; each takes its own rows.
 
 Killed or interrupted, the same command goes on where it was: at most one shard of work is lost, and the store comes out
 byte for byte as if nothing had happened. Then name the directory in the config: data.sources=("data/corpus",)
@@ -29,12 +37,13 @@ def _parser() -> Parser:
         [
             "qmax prepare 'corpus/*.jsonl.zst' --tokenizer tok --out data/corpus",
             "qmax prepare chats.jsonl --objective sft --tokenizer tok --out data/chats",
+            "qmax prepare feedback.jsonl --objective preference --tokenizer tok --out data/pairs",
         ],
     )
     parser.add_argument("sources", nargs="+", metavar="SOURCES", help="files or globs of text or conversations")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="holds tokenizer.model or tokenizer.json")
     parser.add_argument("--out", required=True, metavar="DIR", help="the store: new, or to be resumed")
-    parser.add_argument("--objective", choices=("pretrain", "sft"), default="pretrain", help="default: pretrain")
+    parser.add_argument("--objective", choices=KINDS, default="pretrain", help="kind of rows (default: pretrain)")
     parser.add_argument("--max-bad-rows", type=int, default=100, metavar="N", help="malformed rows to skip (100)")
     parser.add_argument("--shard-tokens", type=int, metavar="N", help="tokens after which a shard ends (67 million)")
     parser.add_argument(

@@ -22,7 +22,8 @@ TEXT_BYTES = 64 << 10
 """A .txt file is one document up to this size; a larger one is cut at blank lines. (.jsonl rows are never cut.)"""
 ROW_BYTES = 64 << 20
 """A longer row is malformed: it would not fit the memory that the pipeline promises to stay within."""
-COLUMNS = ("text", "messages", "conversations", "tools", "system", "instruction", "input", "output")
+COLUMNS = ("text", "messages", "conversations", "tools", "system", "instruction", "input", "output", "prompt")
+COLUMNS += ("chosen", "rejected", "margin", "completion", "label", "kto_tag", "replies")
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,11 @@ from train.data.system import raise_open_files
 
 if TYPE_CHECKING:
     from model.tokenizer import Tokenizer
+    from train.data.kinds import Kind
 
 FORMAT = 1
+MASKS = 2
+"""Version of the rules by which tokens of conversations are learned."""
 RECORD_TOKENS = 1 << 14
 """Tokens in a record: a row of a long document is read without the rest of it."""
 _HEADER = struct.Struct("<BBxxI")  # bytes of a token, whether a loss mask follows, tokens
@@ -105,8 +108,8 @@ class Store:
         return self.read(i, 0, self._entry(i)[0])
 
     @property
-    def objective(self) -> str:
-        """pretrain or sft."""
+    def objective(self) -> Kind:
+        """Its kind of rows."""
         return self.meta["objective"]
 
     @property
@@ -119,18 +122,19 @@ class Store:
         """SHA-256 (hex) of what the store says of itself."""
         return hashlib.sha256(json.dumps(self.meta, sort_keys=True).encode()).hexdigest()
 
-    def check(self, tokenizer: Tokenizer, objective: str) -> None:
-        """UserError unless the store was made by this tokenizer for this objective."""
+    def check(self, tokenizer: Tokenizer, kind: Kind) -> None:
+        """UserError unless the store was made by this tokenizer, of this kind of rows."""
         if self.meta["tokenizer"] != tokenizer.fingerprint:
             raise UserError(
                 f"the tokenizer does not match {self.path}, which was prepared with another one "
                 f"({self.meta['vocab_size']} tokens; given: {tokenizer.vocab_size}); prepare it again"
             )
-        if self.objective != objective:
+        if self.objective != kind:
             raise UserError(
-                f"{self.path} was prepared for {self.objective}, not for {objective}; "
-                f"run `qmax prepare --objective {objective}`"
+                f"{self.path} was prepared for {self.objective}, not for {kind}; run `qmax prepare --objective {kind}`"
             )
+        if self.meta.get("masks", MASKS) != MASKS or (kind != "pretrain" and "masks" not in self.meta):
+            raise UserError(f"{self.path} has loss masks of an earlier version; delete it and prepare it again")
 
     def windows(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
         """(first document, tokens of each document: int64) for consecutive documents, at most `size` at a time."""
