@@ -21,6 +21,7 @@ from train.maintenance import heed_maintenance
 from train.metrics import MetricsLog, Throughput
 from train.optimizer import schedule
 from train.progress import TrainProgress
+from train.reference import Reference, score_rows
 from train.setup import Job, say
 from train.signals import StopRequest, stop_on_signal
 from train.state import TrainState, compute_dtype, flatten
@@ -93,19 +94,27 @@ class Recorder:
             )
 
 
-def validate(job: Job, step: Any, state: TrainState) -> dict[str, float]:
+def with_reference(reference: Reference | None, state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """A batch with what the reference says of it, where that is not kept beside the rows."""
+    return batch if reference is None else {**batch, "reference": reference(state, batch)}
+
+
+def validate(job: Job, step: Any, state: TrainState, reference: Reference | None = None) -> dict[str, float]:
     """Mean loss (nats per token) and bits per byte of the held-out text, and of the reference; empty without any."""
     return {
-        **held_out_loss(job, step, state, VALIDATION, ""),
-        **held_out_loss(job, step, state, REFERENCE, "reference_"),
+        **held_out_loss(job, step, state, reference, VALIDATION, ""),
+        **held_out_loss(job, step, state, reference, REFERENCE, "reference_"),
     }
 
 
-def held_out_loss(job: Job, step: Any, state: TrainState, which: str, prefix: str) -> dict[str, float]:
+def held_out_loss(
+    job: Job, step: Any, state: TrainState, reference: Reference | None, which: str, prefix: str
+) -> dict[str, float]:
     """What one set of held-out rows gives, its bits per byte under a name with `prefix`."""
     count, sums = job.run.validation_batches, dict[str, float]()
     for rows in job.data.validation_batches(count, *batch_share(job.mesh), which):
-        for name, value in jax.device_get(step(state, job.place(rows))).items():
+        batch = with_reference(reference, state, job.place(rows))
+        for name, value in jax.device_get(step(state, batch)).items():
             sums[name] = sums.get(name, 0.0) + float(value)
     weight = sums.pop("weight", 0.0)
     if not weight:
@@ -157,12 +166,13 @@ def run_steps(job: Job, state: TrainState, start: int, recorder: Recorder, stop:
     """The steps from `start` on; returns the number of steps done."""
     run = job.run
     step_function, validation = job.compiled_step(), job.compiled_validation()
+    reference = score_rows(job, state, job.cache)
     batches = job.data.train_batches(start, *batch_share(job.mesh))
     done, asked = start, stop.agreed(start)
     while done < run.steps and not asked:
         done += 1
         rows = next(batches)
-        batch = job.place(rows)
+        batch = with_reference(reference, state, job.place(rows))
         with jax.transfer_guard("disallow"):
             state, metrics = step_function(state, batch)
         recorder.push(Pending(done, metrics, {}))
@@ -170,7 +180,7 @@ def run_steps(job: Job, state: TrainState, start: int, recorder: Recorder, stop:
         more: dict[str, float] = {}
         if last or (run.validate_every and done % run.validate_every == 0):
             with recorder.clock.pause():
-                more = validate(job, validation, state)
+                more = validate(job, validation, state, reference)
             assert recorder.pending is not None
             recorder.pending.more |= more
         asked = stop.agreed(done)  # looked at once: who asks after this is heard after the next step

@@ -36,6 +36,7 @@ from train.losses import Parts, Totals, next_token
 from train.optimizer import make_optimizer
 from train.origin import NewRows, Origin
 from train.policy import policy_loss
+from train.preference import preference_loss
 from train.state import (
     TrainState,
     abstract_state,
@@ -137,6 +138,8 @@ class Job:
     """Step of the checkpoint to go on from; None to begin."""
     origin: Origin | None
     """Where the first weights come from; None for random ones."""
+    cache: Path
+    """Where what is made of the data is kept."""
     new_rows: NewRows
     """What the rows of tokens begin as that the origin has not."""
 
@@ -154,8 +157,11 @@ class Job:
         self, model: Transformer, rows: dict[str, jax.Array], sums: Totals, before: Parts
     ) -> tuple[jax.Array, Parts]:
         """The loss of one micro-batch, with this run's weights of its parts."""
-        if self.run.objective == "rl":
-            return policy_loss(model, rows, sums, before, self.run.rl, self.run.loss)
+        run = self.run
+        if run.objective == "rl":
+            return policy_loss(model, rows, sums, before, run.rl, run.loss)
+        if run.objective in ("dpo", "kto", "reward"):
+            return preference_loss(model, rows, sums, before, run.preference, run.loss, run.objective)
         return next_token(model, rows, sums, before, self.run.loss)
 
     def compiled_step(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
@@ -236,7 +242,9 @@ def prepare_job(run: Run, out: Path, checkpoints: Checkpoints, start: int | None
                     write_run(run, out, tokenizer)
             else:
                 check_shared(out)
-    return Job(run, out, tokenizer, data, mesh, skeleton, optimizer, abstract, checkpoints, start, origin, new_rows)
+    return Job(
+        run, out, tokenizer, data, mesh, skeleton, optimizer, abstract, checkpoints, start, origin, cache, new_rows
+    )
 
 
 def check_place(path: Path, option: str) -> None:

@@ -18,7 +18,8 @@ from errors import UserError
 from serve.engine import Engine
 from sharding.rules import batch_share
 from train.data.order import derive, permute
-from train.handover import Reference, logprobs_of, model_of
+from train.handover import logprobs_of, model_of
+from train.reference import Reference
 from train.rl.advantages import advantages, is_equal
 from train.rl.rewards import Asked, GradeReward, JudgeReward, give, make_rewards
 from train.rl.rollout import Rollout
