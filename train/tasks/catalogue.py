@@ -1,0 +1,66 @@
+"""Tasks by name: `NAME[:PATH][?key=value&...]`, such as `arithmetic?digits=2` or `gsm8k:data/gsm8k_test.jsonl.gz`."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any, Literal
+
+from errors import UserError, did_you_mean
+from train.tasks.arithmetic import Arithmetic
+from train.tasks.calls import Bfcl
+from train.tasks.countdown import Countdown
+from train.tasks.instructions import IfEval
+from train.tasks.programs import HumanEval, Mbpp
+from train.tasks.questions import Aime, Gsm8k, Jsonl, Math, Translation
+from train.tasks.task import Task
+
+TASKS: dict[str, Any] = {
+    task.name: task
+    for task in (Arithmetic, Countdown, Gsm8k, Math, Aime, Mbpp, HumanEval, IfEval, Bfcl, Translation, Jsonl)
+}
+
+
+def open_task(spec: str) -> Task:
+    """The task that a text names. Its options are the fields of its class.
+
+    Raises UserError for an unknown name or option, a value of another type, and what is wrong with the file.
+    """
+    head, _, tail = spec.partition("?")
+    name, colon, path = head.partition(":")
+    if name not in TASKS:
+        raise UserError(f"there is no task {name!r}{did_you_mean(name, TASKS)}; there is {', '.join(TASKS)}")
+    fields = {field.name: field for field in dataclasses.fields(TASKS[name])}
+    kinds = typing.get_type_hints(TASKS[name])
+    values: dict[str, Any] = {}
+    if "path" in fields:
+        values["path"] = path
+    elif colon:
+        raise UserError(f"task {name!r} takes no file; leave out :{path}")
+    options = {key: kinds[key] for key in fields if key != "path"}
+    for part in filter(None, tail.split("&")):
+        key, equals, text = part.partition("=")
+        if key not in options:
+            known = ", ".join(options)
+            raise UserError(f"task {name!r} has no option {key!r}{did_you_mean(key, options)}; it has {known}")
+        if not equals:
+            raise UserError(f"option {key!r} of task {name!r} has no value; write {key}=VALUE")
+        values[key] = parsed(text, options[key], f"option {key!r} of task {name!r}")
+    return TASKS[name](**values)
+
+
+def parsed(text: str, kind: Any, what: str) -> Any:
+    """A text as a value of a field's type. Raises UserError."""
+    if typing.get_origin(kind) is Literal:
+        if text not in typing.get_args(kind):
+            known = ", ".join(typing.get_args(kind))
+            raise UserError(f"{what} is {text!r}{did_you_mean(text, typing.get_args(kind))}; it is one of {known}")
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{what} is {text!r}; write true or false")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise UserError(f"{what} is {text!r}, no {kind.__name__}; mend it") from error
