@@ -27,8 +27,8 @@ from train.rl.rows import lay_out, make_rows, of_samples, row_counts
 from train.rl.samples import Sample
 from train.setup import Job
 from train.state import TrainState
-from train.tasks import open_task
-from train.tools import open_tools
+from train.tasks.catalogue import open_task
+from train.tools import tools_named
 
 Metrics = dict[str, Any]
 BINS = 10
@@ -56,7 +56,7 @@ class Learner:
             record_experts=self.config.replay,
         )
         self.rollout = Rollout(
-            self.engine, job.tokenizer, self.config, open_tools(self.config.tools), self.engine.context
+            self.engine, job.tokenizer, self.config, tools_named(self.config.tools), self.engine.context
         )
         self.problems = [self._that_fit(self._asked("train", index)) for index in range(len(self.tasks))]
         self.held_out = self._that_fit([one for index in range(len(self.tasks)) for one in self._asked("test", index)])

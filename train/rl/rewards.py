@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,9 +23,11 @@ from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from train.preference import score_hidden
 from train.rl.samples import Sample
-from train.tasks import Problem, Task, grade_safely
+from train.tasks.task import Problem, Task, grade_safely
 
 KINDS = ("task", "model", "judge")
+GRADERS = 4
+"""Replies that are graded at the same time."""
 JUDGE_SECONDS = 60.0
 JUDGE_TRIES = 4
 """Before a reply goes without a reward, where that is what the config wants."""
@@ -59,12 +62,11 @@ class GradeReward:
         self.raised = 0
 
     def __call__(self, asked: Sequence[Asked], samples: Sequence[Sample]) -> list[float | None]:
-        found: list[float | None] = []
-        for one, sample in zip(asked, samples, strict=True):
-            grade = grade_safely(one.task, one.problem, sample.reply)
-            self.raised += grade.raised
-            found.append(grade.score)
-        return found
+        with ThreadPoolExecutor(GRADERS) as pool:  # some wait for programs
+            each = pool.map(lambda one, sample: grade_safely(one.task, one.problem, sample.reply), asked, samples)
+            grades = list(each)
+        self.raised += sum(grade.failed for grade in grades)
+        return [grade.score for grade in grades]
 
 
 class ModelReward:

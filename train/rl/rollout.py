@@ -17,7 +17,7 @@ from serve.request import Completion
 from serve.sampling_params import MAX_SEED, SamplingParams
 from train.data.order import derive
 from train.rl.samples import Sample
-from train.tasks import Problem
+from train.tasks.task import Problem
 from train.tools import Tool, call_tool
 
 Progress = Callable[[int], None]

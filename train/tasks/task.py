@@ -34,6 +34,8 @@ class Grade:
 
     score: float
     note: str = ""
+    failed: bool = False
+    """The grader could not tell."""
 
 
 class Task(Protocol):
@@ -71,10 +73,10 @@ def grade_safely(task: Task, problem: Problem, reply: str) -> Grade:
     try:
         grade = task.grade(problem, reply)
         if not 0.0 <= grade.score <= 1.0:
-            return Grade(0.0, f"the grader gave {grade.score}")
+            return Grade(0.0, f"the grader gave {grade.score}", failed=True)
         return grade
     except Exception as error:  # one reply must not end a run of days
-        return Grade(0.0, f"the grader failed: {type(error).__name__}: {error}")
+        return Grade(0.0, f"the grader failed: {type(error).__name__}: {error}", failed=True)
 
 
 def grade_many(task: Task, problems: Sequence[Problem], replies: Sequence[str], workers: int = 4) -> list[Grade]:
