@@ -157,6 +157,15 @@ def test_another_order_is_refused_not_mixed_in(tmp_path: Path, corpus: list[Path
         store.check(byte_tokenizer(), "sft")
 
 
+def test_loss_masks_of_an_earlier_version_are_refused(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "chats.jsonl", chats(3))
+    store = prepare([file], byte_tokenizer(), tmp_path / "store", objective="sft")
+    store.check(byte_tokenizer(), "sft")
+    del store.meta["masks"]
+    with pytest.raises(UserError, match="loss masks of an earlier version"):
+        store.check(byte_tokenizer(), "sft")
+
+
 def test_a_damaged_store_is_named(tmp_path: Path, corpus: list[Path]) -> None:
     out = tmp_path / "store"
     prepare(corpus, byte_tokenizer(), out)

@@ -350,7 +350,8 @@ def _part(store: Store, run: Run, cache_dir: Path, split: Split, which: Literal[
     places = [store.path / "index" / name, cache_dir / "index" / name]
     index = _index(lambda path: build_index(windows(), length, mode, path, too_long, shorten), places)
     if which == "train":
-        for count, what in ((index.meta["cut"], f"cut to {length} tokens"), (index.meta["dropped"], "left out")):
+        left_out = f"left out: too long for rows of {length} tokens"
+        for count, what in ((index.meta["cut"], f"cut to {length} tokens"), (index.meta["dropped"], left_out)):
             if count:
                 say(f"{count:,} of {len(store):,} conversations of {store.path} are {what}")
     return Part(store, index)

@@ -42,9 +42,12 @@ class Cut:
         return words - 2 if self.kind == "preference" else 2 * (words - 1)
 
     def shortened(self, doc: int, fetch: Fetch) -> int:
-        """Inputs of a document that is too long for a row, when it is cut; 0 when nothing is left to learn."""
+        """Inputs of a document that is too long for a row, when it is cut; 0 when too little is left.
+
+        That is nothing to learn on some side; or, for kto, nothing of the prompt, which the mismatch needs too.
+        """
         sequences = [self.window(sequence) for sequence in self.sequences(doc, fetch)[0]]
-        if not all(mask[1:].any() for _, mask in sequences):
+        if not all(mask[1:].any() for _, mask in sequences) or (self.kind == "kto" and sequences[0][1][0]):
             return 0
         inputs = sum(len(tokens) - 1 for tokens, _ in sequences)
         return inputs if self.kind == "preference" else 2 * inputs
@@ -79,7 +82,7 @@ class Cut:
 def materialize_pairs(
     pieces: Iterable[tuple[int, int, int]], fetch: Fetch, cut: Cut, documents: int
 ) -> dict[str, np.ndarray]:
-    """The arrays of one row, each [T]: those of `packing.materialize`, and `labels`. The store has so many `documents`."""
+    """The arrays of one row, each [T]: as `packing.materialize`, and `labels`. The store has so many `documents`."""
     row = empty_row(cut.length, labels=True)
     at, segment = 0, 1
     for doc, _, _ in pieces:

@@ -60,9 +60,9 @@ def pair_of(value: dict[str, Any]) -> Pair | None:
     repeats = isinstance(value.get("prompt"), str) or all(s[: len(prompt)] == prompt for s in (chosen, rejected))
     if _is_whole(chosen) and _is_whole(rejected) and repeats:
         prompt, chosen, rejected = _common_beginning(chosen, rejected)
-    prompt, tools = _begun(value, prompt), tools_of(value)
     _check_reply(chosen, "chosen")
     _check_reply(rejected, "rejected")
+    prompt, tools = _begun(value, prompt), tools_of(value)
     if chosen == rejected:
         raise BadRowError("chosen is equal to rejected")
     check_unicode(prompt, chosen, rejected, tools)
@@ -83,8 +83,8 @@ def judged_of(value: dict[str, Any]) -> Judged | None:
         if not whole:
             raise BadRowError('no "completion", "messages" or "conversations"')
         prompt, reply = whole[:-1], whole[-1:]
-    prompt, tools = _begun(value, prompt), tools_of(value)
     _check_reply(reply, "completion")
+    prompt, tools = _begun(value, prompt), tools_of(value)
     check_unicode(prompt, reply, tools)
     return Judged(prompt, reply, value[name], tools)
 

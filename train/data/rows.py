@@ -49,7 +49,7 @@ class Part:
             arrays = materialize(self.index[row], self._fetch, self.length)
         else:
             arrays = materialize_pairs(self.index[row], self._fetch, self._cut, len(self.store))
-        return arrays if self._column is None else {**arrays, "reference": np.array(self._column[row])}
+        return arrays if self._column is None else {**arrays, "reference": np.array(self._column[row], np.float32)}
 
     @property
     def key(self) -> str:
