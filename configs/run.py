@@ -168,7 +168,7 @@ class Run:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving."""
     objective: Literal["pretrain", "sft", "dpo", "reward", "kto", "rl"] = "pretrain"
-    """pretrain: raw text; sft: turns of the assistant; dpo, reward: pairs of replies; kto: judged replies; rl: tasks."""
+    """pretrain: raw text; sft: assistant's turns; dpo, reward: pairs of replies; kto: judged replies; rl: tasks."""
     init_from: str = ""
     """A MODEL whose weights to start from: a run, a Hugging Face directory, a .gguf or a llama2.c file."""
     init_model: Literal["config", "source"] = "config"

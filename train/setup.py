@@ -233,7 +233,8 @@ def prepare_job(run: Run, out: Path, checkpoints: Checkpoints, start: int | None
     if different:
         say(f"init_from={run.init_from} is used as the config says, not as it was trained: {'; '.join(different)}")
     with nothing_left(out):
-        expand([*run.data.sources, *run.data.validation, *run.data.reference])
+        if named := [*run.data.sources, *run.data.validation, *run.data.reference]:
+            expand(named)
         with first_alone("data"):
             data = open_data(run, tokenizer, cache)
         with first_alone("run directory"):
