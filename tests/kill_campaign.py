@@ -55,7 +55,18 @@ def run() -> Run:
         accumulate=2, steps=200, validate_every=40, validation_batches=1, spike_factor=50.0,
     )
 '''
-MEASURED = {"seconds", "tokens_per_second", "mfu", "memory_bytes", "time", "resumed_from"}
+MEASURED = {
+    "seconds_rollout",
+    "seconds_scoring",
+    "seconds_update",
+    "seconds_handover",
+    "seconds",
+    "tokens_per_second",
+    "mfu",
+    "memory_bytes",
+    "time",
+    "resumed_from",
+}
 """What two runs of the same steps may differ in."""
 POLL_SECONDS = 0.002
 PATIENCE_SECONDS = 300.0
