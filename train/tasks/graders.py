@@ -17,7 +17,7 @@ from train.tasks.task import Grade, right_or_wrong, spoken
 Grader = Callable[[Any, str], Grade]
 CHRF_ORDER, CHRF_BETA = 6, 2.0
 UNSPACED = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")
-REGEX_SECONDS = 5.0
+REGEX_SECONDS = 2.0
 STATED = re.compile(r"(?i)(?:final\s+)?answer\s*(?:is|:|=)\s*:?\s*(.+)")
 CHOICE = re.compile(r"(?<![A-Za-z'’])\(?([A-J])\)?(?![A-Za-z'’])")
 

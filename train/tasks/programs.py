@@ -58,16 +58,21 @@ class Mbpp(FileTask):
         tests = take(row, where, "test_list", list)
         if not tests or not all(isinstance(test, str) for test in tests):
             raise UserError(f"{where}: 'test_list' holds no tests")
-        setup = "\n".join([*row.get("test_imports", []), row.get("test_setup_code", "")]).strip()
+        imports = "\n".join(row.get("test_imports", []))
         prompt = f"{text}\nYour code should pass these tests:\n\n" + "\n".join(tests)
         prompt += "\n\nAnswer with the code in a ```python block."
-        return Problem(f"mbpp/{row.get('task_id', where)}", ask(prompt), {"setup": setup, "tests": tests})
+        return Problem(
+            f"mbpp/{row.get('task_id', where)}",
+            ask(prompt),
+            {"imports": imports, "setup": row.get("test_setup_code", ""), "tests": tests},
+        )
 
     def grade(self, problem: Problem, reply: str) -> Grade:
         """All tests pass."""
         tests = "\n".join(problem.answer["tests"])
         code = code_of(reply, re.findall(r"\w+", tests))
-        return passes("\n".join([problem.answer["setup"], code, problem.answer["setup"], tests]), self.seconds)
+        answer = problem.answer
+        return passes("\n".join([answer["imports"], code, answer["imports"], answer["setup"], tests]), self.seconds)
 
 
 @dataclass(frozen=True)
