@@ -288,24 +288,24 @@ def become_program(settings: dict[str, Any], layers: list[str], *, alone: bool) 
     os._exit(1)
 
 
-def usage(own: int) -> tuple[int, int]:
-    """Processes and bytes of memory in this PID namespace, beside process `own`; needs a /proc of the namespace."""
+def usage(group: int | None) -> tuple[int, int]:
+    """Processes and bytes of memory of a process group; None: of all in this PID namespace but its first process."""
     count = pages = 0
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
-            with open(f"/proc/{name}/statm") as file:
-                size = int(file.read().split()[1])
-        except (OSError, IndexError):
+            with open(f"/proc/{name}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:
             continue
-        if int(name) != own:
-            count, pages = count + 1, pages + size
+        if int(fields[2]) == group if group else name != "1":
+            count, pages = count + 1, pages + int(fields[21])
     return count, pages * resource.getpagesize()
 
 
 def watch(program: int, settings: dict[str, Any], *, alone: bool) -> dict[str, Any]:
     """Waits for the program, at most as long as it may run. Returns what became of it."""
     deadline = time.monotonic() + settings["seconds"]
-    looks = not alone and os.readlink("/proc/self") == "1"
+    looks = alone or os.readlink("/proc/self") == "1"  # /proc may be that of another namespace
     while True:
         while True:  # orphans come to this process as well
             try:
@@ -320,7 +320,7 @@ def watch(program: int, settings: dict[str, Any], *, alone: bool) -> dict[str, A
         if left <= 0:
             return {"reason": "timeout"}
         if looks:
-            processes, memory = usage(1)
+            processes, memory = usage(program if alone else None)
             if processes > settings["processes"] + OVERHEAD:
                 return {"reason": "processes"}
             if memory > settings["memory_bytes"]:

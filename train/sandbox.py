@@ -11,10 +11,10 @@ What holds it, each where the machine has it:
 - **Resource limits**, always: memory, processor time, size of a file, number of processes and of open files.
 
 Containers often allow no namespaces: then Landlock and seccomp together do, and a machine where neither the network nor
-writing can be stopped is refused. Without namespaces each process has the memory limit for itself, the folder lies on
-the disk with a limit for each file only, and the limit of processes counts what the user has at the start. The kernel
-limits no processes of root: root becomes `nobody` where `nobody` can read the interpreter, and is counted every 50 ms
-otherwise. Files may be read as far as the user may. A hole in the kernel is a hole here: this is no virtual machine.
+writing can be stopped is refused. Without namespaces the folder lies on the disk with a limit for each file only, and
+the kernel's limit of processes counts what the user has at the start. Memory of all processes, and their number, are
+also looked at every 50 ms: the kernel limits no processes of root, who becomes `nobody` where `nobody` can read the
+interpreter, and stays root otherwise. Files may be read as far as the user may. A hole in the kernel is a hole here: this is no virtual machine.
 """
 
 from __future__ import annotations
