@@ -33,6 +33,7 @@ ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 MOUNT_SETATTR, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 442, 444, 445, 446  # the same on every machine
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+ENDING = (signal.SIGCHLD, signal.SIGTERM)
 OVERHEAD = 2
 """Processes of ours in the namespace."""
 POLL = 0.05
@@ -325,7 +326,9 @@ def watch(program: int, settings: dict[str, Any], *, alone: bool) -> dict[str, A
                 return {"reason": "processes"}
             if memory > settings["memory_bytes"]:
                 return {"reason": "memory"}
-        signal.sigtimedwait([signal.SIGCHLD], min(left, POLL))
+        told = signal.sigtimedwait(ENDING, min(left, POLL))
+        if told is not None and told.si_signo == signal.SIGTERM:
+            return {"reason": "timeout"}
 
 
 def sweep(program: int) -> None:
@@ -352,7 +355,7 @@ def sweep(program: int) -> None:
 
 def oversee(settings: dict[str, Any], layers: list[str], *, alone: bool) -> None:
     """Starts the program, waits, ends all of it and reports. Runs in the namespace's first process, or the keeper."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     program = os.fork()
     if program == 0:
         become_program(settings, layers, alone=alone)
@@ -371,6 +374,8 @@ def main() -> None:
     leave_root(settings)
     prctl(PR_DEATH_SIGNAL, signal.SIGKILL)
     if "namespaces" not in settings["layers"] or not enter_namespaces():
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        prctl(PR_DEATH_SIGNAL, signal.SIGTERM)  # so that it can end what it keeps
         prctl(PR_SUBREAPER, 1)
         oversee(settings, [], alone=True)
         return

@@ -10,11 +10,12 @@ What holds it, each where the machine has it:
   also: no leaving of the process group, no signals to others, no changes of modes, owners and times.
 - **Resource limits**, always: memory, processor time, size of a file, number of processes and of open files.
 
-Containers often allow no namespaces: then Landlock and seccomp together do, and a machine where neither the network nor
-writing can be stopped is refused. Without namespaces the folder lies on the disk with a limit for each file only, and
-the kernel's limit of processes counts what the user has at the start. Memory of all processes, and their number, are
-also looked at every 50 ms: the kernel limits no processes of root, who becomes `nobody` where `nobody` can read the
-interpreter, and stays root otherwise. Files may be read as far as the user may. A hole in the kernel is a hole here: this is no virtual machine.
+Containers often allow no namespaces: then Landlock and seccomp together do. A machine where either the network or
+writing to files cannot be stopped is refused. Without namespaces the folder lies on the disk, with a limit for each
+file only, and the kernel's limit of processes counts what the user has at the start. Memory of all processes and their
+number are also looked at every 50 ms: the kernel limits no processes of root, who becomes `nobody` where `nobody` can
+read the interpreter, and stays root otherwise. Files may be read as far as the user may. A hole in the kernel is a
+hole here: this is no virtual machine.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ LAYERS = ("namespaces", "landlock", "seccomp")
 JAIL = Path(__file__).with_name("jail.py")
 START_SECONDS = 20.0
 """Beyond the program's own time: a machine under load is slow to start two interpreters."""
+KEEPER_SECONDS = 2.0
+"""For the keeper to end all, where the caller gives up."""
 TAIL = 4096
 """Bytes of the end of stderr that are kept, whatever the limit, as the error stands there."""
 
@@ -159,7 +162,10 @@ def _started(settings: Settings, stdin: int) -> Any:
         yield process
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+            process.terminate()  # without namespaces the keeper has to end what it keeps
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(KEEPER_SECONDS)
+            process.kill()
         process.wait()
         for stream in (process.stdout, process.stderr):
             if stream:
