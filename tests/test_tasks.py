@@ -17,10 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import UserError
+from train import sandbox
+from train.sandbox import check_sandbox
 from train.tasks.catalogue import TASKS, open_task
 from train.tasks.countdown import value_of
 from train.tasks.graders import GRADERS, chrf_score
 from train.tasks.task import Grade, Problem, Task, grade_many, grade_safely, spoken
+from train.tools import tools_named
 
 DATA = Path(__file__).parent / "data" / "tasks"
 FILES = {
@@ -98,6 +101,19 @@ def test_programs_pass_with_the_solutions_and_fail_without(name: str) -> None:
     assert scores(task, ["```python\nimport sys; sys.exit(0)\n```", "    raise SystemExit"]) == [0, 0]
     if name == "humaneval":
         assert scores(task, [row["canonical_solution"] for row in rows(FILES[name])]) == [1, 1]
+
+
+def test_programs_need_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(code: str) -> None:
+        raise UserError("no sandbox")
+
+    check_sandbox.cache_clear()
+    monkeypatch.setattr(sandbox, "run_python", refuse)
+    for spec in (f"mbpp:{DATA / 'mbpp.jsonl'}", f"humaneval:{DATA / 'humaneval.jsonl'}"):
+        with pytest.raises(UserError, match="no sandbox"):
+            open_task(spec)
+    with pytest.raises(UserError, match="no sandbox"):
+        tools_named(["python"])
 
 
 def called(*calls: tuple[str, dict[str, Any]]) -> str:

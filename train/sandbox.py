@@ -21,6 +21,7 @@ hole here: this is no virtual machine.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import selectors
@@ -136,6 +137,12 @@ def run_python(
             # The owner may have forbidden it; what stays then is as small as its limits.
             shutil.rmtree(folder, onerror=lambda function, path, error: _force(function, path))
     return _outcome(told, *written, unprotected=unprotected)
+
+
+@functools.cache
+def check_sandbox() -> None:
+    """Raises UserError where this machine cannot hold a program; asked once, before work that depends on it."""
+    run_python("")
 
 
 def run_many(codes: Sequence[str], workers: int | None = None, **options: Any) -> list[Outcome]:

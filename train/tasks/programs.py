@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from errors import UserError
-from train.sandbox import last_line, run_python
+from train.sandbox import check_sandbox, last_line, run_python
 from train.tasks.rows import FileTask, take
 from train.tasks.task import Grade, Problem, ask, right_or_wrong, spoken
 
@@ -41,14 +41,25 @@ def passes(program: str, seconds: float) -> Grade:
 
 
 @dataclass(frozen=True)
-class Mbpp(FileTask):
-    """Mostly Basic Python Problems, full or sanitized; rows {"text" or "prompt", "test_list"}.
+class ProgramTask(FileTask):
+    """A task that runs replies; refused when it is opened where there is no sandbox, as each grade would be 0.
 
     Attributes:
         seconds: that the program and its tests may take.
     """
 
     seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds <= 3600:
+            raise UserError(f"seconds={self.seconds} of task {self.name!r} is no time from 0 to 3600 seconds")
+        super().__post_init__()
+        check_sandbox()
+
+
+@dataclass(frozen=True)
+class Mbpp(ProgramTask):
+    """Mostly Basic Python Problems, full or sanitized; rows {"text" or "prompt", "test_list"}."""
 
     name: ClassVar[str] = "mbpp"
 
@@ -76,14 +87,8 @@ class Mbpp(FileTask):
 
 
 @dataclass(frozen=True)
-class HumanEval(FileTask):
-    """HumanEval; rows {"prompt", "entry_point", "test"}. The reply is the whole function, or what follows the prompt.
-
-    Attributes:
-        seconds: that the program and its tests may take.
-    """
-
-    seconds: float = 10.0
+class HumanEval(ProgramTask):
+    """HumanEval; rows {"prompt", "entry_point", "test"}. A reply is the whole function, or follows the prompt."""
 
     name: ClassVar[str] = "humaneval"
 
