@@ -25,7 +25,6 @@ import functools
 import json
 import os
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
@@ -134,8 +133,6 @@ def run_python(
             os.close(reading)
             if report >= 0:
                 os.close(report)
-            # The owner may have forbidden it; what stays then is as small as its limits.
-            shutil.rmtree(folder, onerror=lambda function, path, error: _force(function, path))
     return _outcome(told, *written, unprotected=unprotected)
 
 
@@ -213,14 +210,6 @@ def _told(reading: int) -> dict[str, Any]:
     for line in text.splitlines():
         found |= json.loads(line)
     return found
-
-
-def _force(function: Any, path: str) -> None:
-    """Removes what its owner had made read-only."""
-    with contextlib.suppress(OSError):
-        os.chmod(os.path.dirname(path), 0o700)
-        os.chmod(path, 0o700)
-        function(path)
 
 
 def _outcome(told: dict[str, Any], stdout: bytes, stderr: bytes, *, unprotected: bool) -> Outcome:

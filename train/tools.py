@@ -225,7 +225,7 @@ TOOLS = {tool.name: tool for tool in (CALCULATOR, PYTHON)}
 
 
 def tools_named(names: Sequence[str]) -> list[Tool]:
-    """The built-in tools of these names. Raises UserError for one that is none, or that needs a sandbox where none is."""
+    """The built-in tools of these names. Raises UserError for one that is none, or needs a sandbox where none is."""
     for name in names:
         if name not in TOOLS:
             raise UserError(f"there is no tool {name!r}{did_you_mean(name, TOOLS)}; there is {', '.join(TOOLS)}")
