@@ -33,6 +33,7 @@ ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 MOUNT_SETATTR, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 442, 444, 445, 446  # the same on every machine
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+ENDING = (signal.SIGCHLD, signal.SIGTERM)
 OVERHEAD = 2
 """Processes of ours in the namespace."""
 POLL = 0.05
@@ -288,24 +289,24 @@ def become_program(settings: dict[str, Any], layers: list[str], *, alone: bool) 
     os._exit(1)
 
 
-def usage(own: int) -> tuple[int, int]:
-    """Processes and bytes of memory in this PID namespace, beside process `own`; needs a /proc of the namespace."""
+def usage(group: int | None) -> tuple[int, int]:
+    """Processes and bytes of memory of a process group; None: of all in this PID namespace but its first process."""
     count = pages = 0
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
-            with open(f"/proc/{name}/statm") as file:
-                size = int(file.read().split()[1])
-        except (OSError, IndexError):
+            with open(f"/proc/{name}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:
             continue
-        if int(name) != own:
-            count, pages = count + 1, pages + size
+        if int(fields[2]) == group if group else name != "1":
+            count, pages = count + 1, pages + int(fields[21])
     return count, pages * resource.getpagesize()
 
 
 def watch(program: int, settings: dict[str, Any], *, alone: bool) -> dict[str, Any]:
     """Waits for the program, at most as long as it may run. Returns what became of it."""
     deadline = time.monotonic() + settings["seconds"]
-    looks = not alone and os.readlink("/proc/self") == "1"
+    looks = alone or os.readlink("/proc/self") == "1"  # /proc may be that of another namespace
     while True:
         while True:  # orphans come to this process as well
             try:
@@ -320,12 +321,14 @@ def watch(program: int, settings: dict[str, Any], *, alone: bool) -> dict[str, A
         if left <= 0:
             return {"reason": "timeout"}
         if looks:
-            processes, memory = usage(1)
+            processes, memory = usage(program if alone else None)
             if processes > settings["processes"] + OVERHEAD:
                 return {"reason": "processes"}
             if memory > settings["memory_bytes"]:
                 return {"reason": "memory"}
-        signal.sigtimedwait([signal.SIGCHLD], min(left, POLL))
+        told = signal.sigtimedwait(ENDING, min(left, POLL))
+        if told is not None and told.si_signo == signal.SIGTERM:
+            return {"reason": "timeout"}
 
 
 def sweep(program: int) -> None:
@@ -352,7 +355,7 @@ def sweep(program: int) -> None:
 
 def oversee(settings: dict[str, Any], layers: list[str], *, alone: bool) -> None:
     """Starts the program, waits, ends all of it and reports. Runs in the namespace's first process, or the keeper."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     program = os.fork()
     if program == 0:
         become_program(settings, layers, alone=alone)
@@ -371,6 +374,8 @@ def main() -> None:
     leave_root(settings)
     prctl(PR_DEATH_SIGNAL, signal.SIGKILL)
     if "namespaces" not in settings["layers"] or not enter_namespaces():
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        prctl(PR_DEATH_SIGNAL, signal.SIGTERM)  # so that it can end what it keeps
         prctl(PR_SUBREAPER, 1)
         oversee(settings, [], alone=True)
         return

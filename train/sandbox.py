@@ -10,20 +10,21 @@ What holds it, each where the machine has it:
   also: no leaving of the process group, no signals to others, no changes of modes, owners and times.
 - **Resource limits**, always: memory, processor time, size of a file, number of processes and of open files.
 
-Containers often allow no namespaces: then Landlock and seccomp together do, and a machine where neither the network nor
-writing can be stopped is refused. Without namespaces each process has the memory limit for itself, the folder lies on
-the disk with a limit for each file only, and the limit of processes counts what the user has at the start. The kernel
-limits no processes of root: root becomes `nobody` where `nobody` can read the interpreter, and is counted every 50 ms
-otherwise. Files may be read as far as the user may. A hole in the kernel is a hole here: this is no virtual machine.
+Containers often allow no namespaces: then Landlock and seccomp together do. A machine where either the network or
+writing to files cannot be stopped is refused. Without namespaces the folder lies on the disk, with a limit for each
+file only, and the kernel's limit of processes counts what the user has at the start. Memory of all processes and their
+number are also looked at every 50 ms: the kernel limits no processes of root, who becomes `nobody` where `nobody` can
+read the interpreter, and stays root otherwise. Files may be read as far as the user may. A hole in the kernel is a
+hole here: this is no virtual machine.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +43,8 @@ LAYERS = ("namespaces", "landlock", "seccomp")
 JAIL = Path(__file__).with_name("jail.py")
 START_SECONDS = 20.0
 """Beyond the program's own time: a machine under load is slow to start two interpreters."""
+KEEPER_SECONDS = 2.0
+"""For the keeper to end all, where the caller gives up."""
 TAIL = 4096
 """Bytes of the end of stderr that are kept, whatever the limit, as the error stands there."""
 
@@ -130,9 +133,13 @@ def run_python(
             os.close(reading)
             if report >= 0:
                 os.close(report)
-            # The owner may have forbidden it; what stays then is as small as its limits.
-            shutil.rmtree(folder, onerror=lambda function, path, error: _force(function, path))
     return _outcome(told, *written, unprotected=unprotected)
+
+
+@functools.cache
+def check_sandbox() -> None:
+    """Raises UserError where this machine cannot hold a program; asked once, before work that depends on it."""
+    run_python("")
 
 
 def run_many(codes: Sequence[str], workers: int | None = None, **options: Any) -> list[Outcome]:
@@ -159,7 +166,10 @@ def _started(settings: Settings, stdin: int) -> Any:
         yield process
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+            process.terminate()  # without namespaces the keeper has to end what it keeps
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(KEEPER_SECONDS)
+            process.kill()
         process.wait()
         for stream in (process.stdout, process.stderr):
             if stream:
@@ -200,14 +210,6 @@ def _told(reading: int) -> dict[str, Any]:
     for line in text.splitlines():
         found |= json.loads(line)
     return found
-
-
-def _force(function: Any, path: str) -> None:
-    """Removes what its owner had made read-only."""
-    with contextlib.suppress(OSError):
-        os.chmod(os.path.dirname(path), 0o700)
-        os.chmod(path, 0o700)
-        function(path)
 
 
 def _outcome(told: dict[str, Any], stdout: bytes, stderr: bytes, *, unprotected: bool) -> Outcome:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from errors import UserError, did_you_mean
-from train.sandbox import last_line, run_python
+from train.sandbox import check_sandbox, last_line, run_python
 
 LONGEST_EXPRESSION = 1000
 """Characters."""
@@ -225,8 +225,10 @@ TOOLS = {tool.name: tool for tool in (CALCULATOR, PYTHON)}
 
 
 def tools_named(names: Sequence[str]) -> list[Tool]:
-    """The built-in tools of these names. Raises UserError for one that is none."""
+    """The built-in tools of these names. Raises UserError for one that is none, or needs a sandbox where none is."""
     for name in names:
         if name not in TOOLS:
             raise UserError(f"there is no tool {name!r}{did_you_mean(name, TOOLS)}; there is {', '.join(TOOLS)}")
+    if PYTHON.name in names:
+        check_sandbox()
     return [TOOLS[name] for name in names]

@@ -30,7 +30,7 @@ def boxed(text: str) -> str | None:
 
 def to_number(text: str) -> Fraction | None:
     """A decimal numeral, with or without thousands' commas, `$` and `%`, as an exact number; None for anything else."""
-    plain = text.strip().strip("$%. ").replace("$", "").replace("\\", "").replace("−", "-")
+    plain = text.strip("$% \n\t").rstrip(".").replace("$", "").replace("\\", "").replace("−", "-")
     plain = re.sub(r"^([-+]?\d{1,3}(?:,\d{3})+)(?![\d,])", lambda m: m.group().replace(",", ""), plain)
     if len(plain) > LONGEST_NUMBER or not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(/\d+)?", plain, re.ASCII):
         return None

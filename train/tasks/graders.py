@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections import Counter
@@ -15,7 +16,8 @@ from train.tasks.task import Grade, right_or_wrong, spoken
 
 Grader = Callable[[Any, str], Grade]
 CHRF_ORDER, CHRF_BETA = 6, 2.0
-REGEX_SECONDS = 5.0
+UNSPACED = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")
+REGEX_SECONDS = 2.0
 STATED = re.compile(r"(?i)(?:final\s+)?answer\s*(?:is|:|=)\s*:?\s*(.+)")
 CHOICE = re.compile(r"(?<![A-Za-z'’])\(?([A-J])\)?(?![A-Za-z'’])")
 
@@ -27,9 +29,15 @@ def exact(answer: Any, reply: str) -> Grade:
 
 
 def contains(answer: Any, reply: str) -> Grade:
-    """The reply holds the answer, or one of a list, as whole words, whatever the case."""
+    """The reply holds the answer, or one of a list, as whole words (where its script has spaces), whatever the case."""
     text = folded(spoken(reply))
-    found = [a for a in listed(answer) if re.search(rf"(?<!\w){re.escape(folded(str(a)))}(?!\w)", text)]
+    found = []
+    for option in listed(answer):
+        wanted = folded(str(option))
+        before = "" if UNSPACED.match(wanted[:1]) else r"(?<!\w)"
+        after = "" if UNSPACED.match(wanted[-1:]) else r"(?!\w)"
+        if wanted and re.search(before + re.escape(wanted) + after, text):
+            found.append(option)
     return right_or_wrong(bool(found), f"holds {found[0]!r}" if found else "holds none")
 
 
@@ -54,8 +62,8 @@ def math(answer: Any, reply: str) -> Grade:
 
 def regex(answer: Any, reply: str) -> Grade:
     """The pattern (Python's `re`) is found in the reply. It runs in the sandbox: some patterns take for ever."""
-    code = "import re, sys\npattern, text = eval(sys.stdin.read())\nprint(bool(re.search(pattern, text)))"
-    outcome = run_python(code, stdin=repr((str(answer), spoken(reply))), seconds=REGEX_SECONDS)
+    code = "import json, re, sys\npattern, text = json.load(sys.stdin)\nprint(bool(re.search(pattern, text)))"
+    outcome = run_python(code, stdin=json.dumps([str(answer), spoken(reply)]), seconds=REGEX_SECONDS)
     return right_or_wrong(outcome.stdout.strip() == "True", "" if outcome.ok else f"the search: {outcome.reason}")
 
 

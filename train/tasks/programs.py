@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from errors import UserError
-from train.sandbox import last_line, run_python
+from train.sandbox import check_sandbox, last_line, run_python
 from train.tasks.rows import FileTask, take
 from train.tasks.task import Grade, Problem, ask, right_or_wrong, spoken
 
@@ -41,14 +41,25 @@ def passes(program: str, seconds: float) -> Grade:
 
 
 @dataclass(frozen=True)
-class Mbpp(FileTask):
-    """Mostly Basic Python Problems, full or sanitized; rows {"text" or "prompt", "test_list"}.
+class ProgramTask(FileTask):
+    """A task that runs replies; refused when it is opened where there is no sandbox, as each grade would be 0.
 
     Attributes:
         seconds: that the program and its tests may take.
     """
 
     seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds <= 3600:
+            raise UserError(f"seconds={self.seconds} of task {self.name!r} is no time from 0 to 3600 seconds")
+        super().__post_init__()
+        check_sandbox()
+
+
+@dataclass(frozen=True)
+class Mbpp(ProgramTask):
+    """Mostly Basic Python Problems, full or sanitized; rows {"text" or "prompt", "test_list"}."""
 
     name: ClassVar[str] = "mbpp"
 
@@ -58,27 +69,26 @@ class Mbpp(FileTask):
         tests = take(row, where, "test_list", list)
         if not tests or not all(isinstance(test, str) for test in tests):
             raise UserError(f"{where}: 'test_list' holds no tests")
-        setup = "\n".join([*row.get("test_imports", []), row.get("test_setup_code", "")]).strip()
+        imports = "\n".join(row.get("test_imports", []))
         prompt = f"{text}\nYour code should pass these tests:\n\n" + "\n".join(tests)
         prompt += "\n\nAnswer with the code in a ```python block."
-        return Problem(f"mbpp/{row.get('task_id', where)}", ask(prompt), {"setup": setup, "tests": tests})
+        return Problem(
+            f"mbpp/{row.get('task_id', where)}",
+            ask(prompt),
+            {"imports": imports, "setup": row.get("test_setup_code", ""), "tests": tests},
+        )
 
     def grade(self, problem: Problem, reply: str) -> Grade:
         """All tests pass."""
         tests = "\n".join(problem.answer["tests"])
         code = code_of(reply, re.findall(r"\w+", tests))
-        return passes("\n".join([problem.answer["setup"], code, problem.answer["setup"], tests]), self.seconds)
+        answer = problem.answer
+        return passes("\n".join([answer["imports"], code, answer["imports"], answer["setup"], tests]), self.seconds)
 
 
 @dataclass(frozen=True)
-class HumanEval(FileTask):
-    """HumanEval; rows {"prompt", "entry_point", "test"}. The reply is the whole function, or what follows the prompt.
-
-    Attributes:
-        seconds: that the program and its tests may take.
-    """
-
-    seconds: float = 10.0
+class HumanEval(ProgramTask):
+    """HumanEval; rows {"prompt", "entry_point", "test"}. A reply is the whole function, or follows the prompt."""
 
     name: ClassVar[str] = "humaneval"
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from errors import UserError, did_you_mean
+from train.sandbox import check_sandbox
 from train.tasks.answers import to_number
 from train.tasks.graders import GRADERS, chrf, math, number
 from train.tasks.rows import FileTask, messages_of, take
@@ -112,6 +113,8 @@ class Jsonl(FileTask):
             near = did_you_mean(self.grader, GRADERS)
             raise UserError(f"there is no grader {self.grader!r}{near}; there is {', '.join(GRADERS)}")
         super().__post_init__()
+        if self.grader == "regex":
+            check_sandbox()
 
     def problem(self, row: dict[str, Any], where: str) -> Problem:
         """As `FileTask` has it."""

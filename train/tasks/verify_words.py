@@ -12,10 +12,10 @@ from train.tasks.verifying import Values, bare, holds, lines_of, sentences_of, t
 PRONOUNS = frozenset(
     re.findall(
         r"\w+",
-        """i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his himself she her hers
-    herself it its itself they them their theirs themselves this that these those who whom whose which what anybody
-    anyone anything each either everybody everyone everything neither nobody none nothing one somebody someone something
-    both few many several all any most some such another other others""",
+        """i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his himself she her
+        hers herself it its itself they them their theirs themselves this that these those who whom whose which what
+        anybody anyone anything each either everybody everyone everything neither nobody none nothing one somebody
+        someone something both few many several all any most some such another other others""",
     )
 )
 JAPANESE = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
