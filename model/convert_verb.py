@@ -1,4 +1,4 @@
-"""`qmax convert SRC DST`: any MODEL to a Hugging Face directory."""
+"""`qmax convert SRC DST`: any MODEL to a Hugging Face directory, or a run's adapters to one of PEFT's."""
 
 from __future__ import annotations
 
@@ -25,8 +25,14 @@ def convert_main(argv: list[str]) -> int:
     from model.load import open_model
 
     source = open_model(args.source)
-    written = convert(source, args.target, DTYPES[args.dtype] if args.dtype else "")
-    print(f"{args.target}: {written['architecture']}, {written['parameters']:,} parameters, {written['words']}")
+    dtype = DTYPES[args.dtype] if args.dtype else ""
+    if args.adapter:
+        from model.adapter_export import convert_adapter
+
+        written = convert_adapter(source, args.target, dtype)
+    else:
+        written = convert(source, args.target, dtype)
+    print(f"{args.target}: {written['architecture']}, {written['parameters']:,} parameters, {human_bytes(written['bytes'])}")
     if args.json:
         write_json(args.json, written)
     return 0
@@ -38,10 +44,12 @@ def make_parser() -> Parser:
         "convert",
         "Writes a model as a Hugging Face directory, which transformers, vLLM and llama.cpp's converter read.\n"
         "SRC is a run directory, a Hugging Face directory, a .gguf file or a llama2.c .bin file. Nothing is visible\n"
-        "under DST until all of it is there.",
+        "under DST until all of it is there. A run that trained adapters is written with them added to its weights, or\n"
+        "with --adapter they alone, as PEFT reads them.",
         [
             "qmax convert runs/demo/sft models/demo",
             "qmax convert models/Qwen3-0.6B models/Qwen3-0.6B-f32 --dtype float32",
+            "qmax convert runs/tuned adapters/tuned --adapter",
         ],
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="the model to convert")
@@ -49,6 +57,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="type of the weights (default: what they are; bfloat16 for a run)"
     )
+    parser.add_argument("--adapter", action="store_true", help="write the adapters of a run alone, for PEFT")
     parser.add_json()
     return parser
 
@@ -101,7 +110,6 @@ def convert(source: Source, target: Path, dtype: str = "") -> dict[str, Any]:
         "architecture": family.architecture,
         "parameters": config.parameters_total,
         "bytes": done,
-        "words": human_bytes(done),
     }
 
 

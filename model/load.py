@@ -183,6 +183,11 @@ def read_lora(run: Path) -> LoraConfig:
     return _read(run, parse)
 
 
+def read_origin(run: Path) -> tuple[str, str]:
+    """The model that a run started from, "" for none, and how; from its `config.json`. UserError where that is damaged."""
+    return _read(run, lambda values: (str(values.get("init_from", "")), str(values.get("init_how", "same"))))
+
+
 def _read(run: Path, parse: Callable[[dict[str, Any]], T]) -> T:
     try:
         return parse(json.loads((run / "config.json").read_text())["run"])
