@@ -24,7 +24,7 @@ from model.hf.rules import Matrix, Shapes
 from model.hf.safetensors import header_of, write_tensor
 from model.hf.tables import model_rules
 from model.hf.writing import TYPES, new_directory, to_json
-from model.load import RunSource, Source, read_origin
+from model.load import RunSource, Source, open_model, read_origin
 from model.lora_config import LoraConfig
 from model.tree import make_skeleton
 
@@ -48,6 +48,12 @@ def convert_adapter(source: Source, target: Path, dtype: str = "") -> dict[str, 
             f"{source.path} adapts weights that were {made} and are nowhere else; leave --adapter away to convert the "
             "model with its adapters added"
         )
+    rows = _vocabulary(base)
+    if rows and rows != source.config.vocab_size:
+        raise UserError(
+            f"{source.path} has {source.config.vocab_size} rows of vocabulary and {base} has {rows}; leave --adapter "
+            "away to convert the model with its adapters added"
+        )
     parts = {name: (np.asarray(a), np.asarray(b)) for name, (a, b) in source.adapter().items()}
     modules = modules_of(parts, source.config, source.path)
     settings = settings_of(modules, source.config, source.lora, base)
@@ -57,6 +63,14 @@ def convert_adapter(source: Source, target: Path, dtype: str = "") -> dict[str, 
         "parameters": sum(factor.size for pair in modules.values() for factor in pair),
         "bytes": size,
     }
+
+
+def _vocabulary(base: str) -> int:
+    """Rows of vocabulary of the model `base`; 0 where it is not there any more."""
+    try:
+        return open_model(base).config.vocab_size
+    except UserError:
+        return 0
 
 
 def write_adapter(target: Path, modules: Mapping[str, Pair], settings: Mapping[str, Any], dtype: np.dtype) -> int:

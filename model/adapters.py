@@ -179,7 +179,9 @@ def _scales(file: Path) -> tuple[float, Callable[[str, int], float]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error) as error:
         raise UserError(f"{file} is damaged: {error}") from error
     if kind != "LORA" or rank < 1 or not alpha:
-        raise UserError(f"{file} is of peft_type {kind}, r {rank} and lora_alpha {alpha}; LORA of positive ones is read")
+        raise UserError(
+            f"{file} is of peft_type {kind}, r {rank} and lora_alpha {alpha}; LORA of positive ones is read"
+        )
     for name in ("use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias"):
         if settings.get(name):
             raise UserError(f"{file} has {name}={settings[name]!r}, which is not supported")

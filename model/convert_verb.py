@@ -32,7 +32,9 @@ def convert_main(argv: list[str]) -> int:
         written = convert_adapter(source, args.target, dtype)
     else:
         written = convert(source, args.target, dtype)
-    print(f"{args.target}: {written['architecture']}, {written['parameters']:,} parameters, {human_bytes(written['bytes'])}")
+    print(
+        f"{args.target}: {written['architecture']}, {written['parameters']:,} parameters, {human_bytes(written['bytes'])}"
+    )
     if args.json:
         write_json(args.json, written)
     return 0

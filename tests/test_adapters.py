@@ -157,7 +157,9 @@ def test_modules_for_peft_by_hand() -> None:
     assert a.shape == (2, 16) and b.shape == (64, 2)
     for head in range(4):
         np.testing.assert_allclose(b[16 * head : 16 * head + 8, 0], parts[path + "q_DNH"][1][0, head], rtol=1e-6)
-        np.testing.assert_allclose(b[16 * head + 8 : 16 * head + 16, 1], parts[path + "gate_DNH"][1][0, head], rtol=1e-6)
+        np.testing.assert_allclose(
+            b[16 * head + 8 : 16 * head + 16, 1], parts[path + "gate_DNH"][1][0, head], rtol=1e-6
+        )
         assert not b[16 * head : 16 * head + 8, 1].any() and not b[16 * head + 8 : 16 * head + 16, 0].any()
     settings = settings_of(modules, config, LoraConfig(rank=1, alpha=8.0), "base")
     assert settings["rank_pattern"] == {name: 2} and settings["alpha_pattern"] == {name: 16.0}
