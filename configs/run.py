@@ -240,7 +240,7 @@ def check_start(run: Run) -> None:
             raise UserError("init_how=upcycle copies experts that dense layers are like: swiglu, without biases")
     if run.init_model == "source":
         for own in fields(run.model):
-            allowed = run.init_how == "upcycle" and own.name == "moe"
+            allowed = own.name == "num_labels" or (run.init_how == "upcycle" and own.name == "moe")
             if not allowed and getattr(run.model, own.name) != getattr(ModelConfig(), own.name):
                 raise UserError(
                     f"init_model=source takes the sizes of {run.init_from}, and the config sets model.{own.name} too; "

@@ -41,6 +41,10 @@ def convert_adapter(source: Source, target: Path, dtype: str = "") -> dict[str, 
     """
     if not isinstance(source, RunSource) or not source.lora.rank:
         raise UserError(f"{source.path} is no run with adapters (lora.rank); leave --adapter away to convert a model")
+    if source.config.num_labels:
+        raise UserError(
+            f"{source.path} has trained a head beside its adapters; leave --adapter away to convert all of it"
+        )
     base, how = read_origin(source.path)
     if not base or how != "same":
         made = "cut from a dense model (init_how=upcycle)" if base else "drawn at random (no init_from)"
@@ -158,7 +162,7 @@ def settings_of(modules: Mapping[str, Pair], config: ModelConfig, lora: LoraConf
 
 
 def _targets(adapted: set[str], every: list[str]) -> list[str]:
-    """Names of modules as PEFT compares them: the last part where all modules of that name are meant, else the whole."""
+    """Names of modules as PEFT compares them: the last part where that means no others, else the whole."""
 
     def last(name: str) -> str:
         return name.rpartition(".")[2]

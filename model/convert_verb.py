@@ -32,9 +32,8 @@ def convert_main(argv: list[str]) -> int:
         written = convert_adapter(source, args.target, dtype)
     else:
         written = convert(source, args.target, dtype)
-    print(
-        f"{args.target}: {written['architecture']}, {written['parameters']:,} parameters, {human_bytes(written['bytes'])}"
-    )
+    size = human_bytes(written["bytes"])
+    print(f"{args.target}: {written['architecture']}, {written['parameters']:,} parameters, {size}")
     if args.json:
         write_json(args.json, written)
     return 0
@@ -46,8 +45,8 @@ def make_parser() -> Parser:
         "convert",
         "Writes a model as a Hugging Face directory, which transformers, vLLM and llama.cpp's converter read.\n"
         "SRC is a run directory, a Hugging Face directory, a .gguf file or a llama2.c .bin file. Nothing is visible\n"
-        "under DST until all of it is there. A run that trained adapters is written with them added to its weights, or\n"
-        "with --adapter they alone, as PEFT reads them.",
+        "under DST until all of it is there. A run that trained adapters is written with them added to its weights,\n"
+        "or with --adapter they alone, as PEFT reads them.",
         [
             "qmax convert runs/demo/sft models/demo",
             "qmax convert models/Qwen3-0.6B models/Qwen3-0.6B-f32 --dtype float32",
@@ -109,7 +108,7 @@ def convert(source: Source, target: Path, dtype: str = "") -> dict[str, Any]:
 
         write_checkpoint(target, config, skeleton.shapes, weights, files, **form, settings=settings, progress=progress)
     return {
-        "architecture": family.architecture,
+        "architecture": family.name_of(config),
         "parameters": config.parameters_total,
         "bytes": done,
     }
@@ -117,6 +116,7 @@ def convert(source: Source, target: Path, dtype: str = "") -> dict[str, Any]:
 
 def beside(source: Source) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Files of the tokenizer and for generation, and what the tokenizer adds to config.json."""
+    from model.hf.reading import Checkpoint
     from model.hf.writing import to_json
     from model.tokenizer_export import hugging_face_files
 
@@ -124,7 +124,9 @@ def beside(source: Source) -> tuple[dict[str, bytes], dict[str, Any]]:
         tokenizer = source.tokenizer()
     except UserError as exc:
         print(f"qmax: {exc}; the weights are written without a tokenizer", file=sys.stderr)
-        return {}, {}
+        # Where a sequence ends a classifier knows by it.
+        padding = source.settings.get("pad_token_id") if isinstance(source, Checkpoint) else None
+        return {}, {} if padding is None else {"pad_token_id": padding}
     files = hugging_face_files(tokenizer)
     ends = list(tokenizer.stop_ids)
     generation: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_id, "do_sample": True}

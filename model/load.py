@@ -184,7 +184,7 @@ def read_lora(run: Path) -> LoraConfig:
 
 
 def read_origin(run: Path) -> tuple[str, str]:
-    """The model that a run started from, "" for none, and how; from its `config.json`. UserError where that is damaged."""
+    """The model that a run started from ("" for none) and how. UserError where its `config.json` is damaged."""
     return _read(run, lambda values: (str(values.get("init_from", "")), str(values.get("init_how", "same"))))
 
 
@@ -221,6 +221,15 @@ def read_model(
     return skeleton.merge(weights, extra)
 
 
+def check_language_model(source: Source) -> None:
+    """Refuses a model that gives no next tokens."""
+    if source.config.num_labels:
+        raise UserError(
+            f"{source.path} is a model for sequence classification (num_labels={source.config.num_labels}): it scores "
+            "a text and writes none; name a language model"
+        )
+
+
 def load_model(path: str | Path, mesh: MeshConfig | None = None) -> tuple[Transformer, Tokenizer]:
     """The model at `path`, one array per layer, and its tokenizer.
 
@@ -232,6 +241,7 @@ def load_model(path: str | Path, mesh: MeshConfig | None = None) -> tuple[Transf
         UserError: no model, no tokenizer, or a damaged file; the sentence names it.
     """
     source = open_model(path)
+    check_language_model(source)
     tokenizer = source.tokenizer()
     if tokenizer.vocab_size > source.config.vocab_size:
         raise UserError(

@@ -245,14 +245,17 @@ class Transformer(nnx.Module):
         keys = Keys(jax.random.fold_in(key, config.num_layers))
         # At unit variance the token itself, not the average of its neighbours, decides where early layers route
         # it: the load is even from the start. As an output head it has to be small.
-        self.embedding_VD = weight(keys, (V, D), ("vocab", "columns"), D if config.tie_embeddings else 1, sums=(1,))
+        self.embedding_VD = weight(keys, (V, D), ("vocab", "columns"), D if config.tied_head else 1, sums=(1,))
         self.stacks = nnx.List(
             [Stack(config, pattern, repeats, key, lora) for pattern, repeats in stack_plan(config, stacked)]
         )
         self.norm = RMSNorm(D, config.norm_eps, config.norm)
         own = Keys(jax.random.fold_in(key, config.num_layers + 1))
         self.mtp = NextTokenBlock(config, own) if config.mtp_layers else None
-        self.head_DV = None if config.tie_embeddings else weight(keys, (D, V), ("columns", "vocab"), D, sums=(0,))
+        if config.num_labels:
+            self.head_DV = weight(keys, (D, config.num_labels), ("embed", None), D)
+        else:
+            self.head_DV = None if config.tied_head else weight(keys, (D, V), ("columns", "vocab"), D, sums=(0,))
         self.config = config
         self.dtype = dtype
         self.remat: Remat = remat
@@ -262,8 +265,11 @@ class Transformer(nnx.Module):
         self.cut_over_data = cut_over_data
         self.matmul: Matmul = matmul
         if lora.rank:
+            head = self.head_DV
             freeze(self)
+            # No other model has had the labels: with a frozen head at random there is nothing to adapt to.
+            self.head_DV = head if config.num_labels else self.head_DV
 
     def head(self) -> Float[Array, "D V"]:
-        """The output head; the transposed embedding when they are tied."""
+        """The output head, to tokens or labels; the transposed embedding when they are tied."""
         return self.embedding_VD[...].mT if self.head_DV is None else self.head_DV[...]

@@ -223,5 +223,5 @@ def test_an_adapter_that_was_trained_is_served_by_its_name(tmp_path: Path) -> No
 def test_experts_are_not_for_peft() -> None:
     config = CONFIGS["qwen3_moe"]
     path = "stacks.0.blocks.0.feed_forward.up_EDF"
-    with pytest.raises(UserError, match="adapts experts .* leave --adapter away"):
+    with pytest.raises(UserError, match=r"adapts experts .* leave --adapter away"):
         modules_of({path: (np.zeros((4, 2, 16)), np.zeros((4, 2, 10)))}, config, Path("run"))

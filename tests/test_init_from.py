@@ -294,3 +294,26 @@ def test_defaults_are_dense_and_small() -> None:
     assert run.model == ModelConfig()
     with pytest.raises(UserError, match=r"model.moe too"):
         replace(run, model=ModelConfig(moe=MoEConfig(num_experts=4, intermediate_size=8)))
+
+
+@pytest.mark.parametrize("layers", ["list", "stacked"])
+def test_a_language_model_becomes_one_with_labels(
+    layers: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """All but the head, which begins at random and small; and what is one already is taken whole."""
+    words = ("--init-from", str(place / "stacked"), "--init-model", "source", "--layers", layers)
+    run, found = begin(config_of_source(place, *words, "--model.num-labels", "1"), tmp_path / "out")
+    assert "its head is left out, and one of model.num_labels=1 begins at random" in capsys.readouterr().err
+    head, expected = np.asarray(found.pop("head_DV")), source_weights(place / "stacked")
+    assert run.model == replace(open_model(place / "stacked").config, num_labels=1)
+    expected.pop("head_DV", None)
+    assert_equal(found, expected)
+    assert head.shape == (run.model.hidden_size, 1) and 0 < head.std() < 2 / run.model.hidden_size**0.5
+    if layers == "list":
+        make_source(replace(run, init_from=""), tmp_path / "labelled")
+        again = config_of_source(place, "--init-from", str(tmp_path / "labelled"), "--init-model", "source")
+        taken, whole = begin(again, tmp_path / "again")
+        assert taken.model == run.model
+        assert_equal(whole, source_weights(tmp_path / "labelled"))
+        with pytest.raises(UserError, match=r"model.num_labels is 1 there and 0 here.*head_DV, \[\d+, 1\] there"):
+            begin(replace(again, model=replace(run.model, num_labels=0), init_model="config"), tmp_path / "no")

@@ -12,6 +12,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from configs.run import LossConfig
+from errors import UserError
 from model.forward import Batch, forward, predict_further
 from model.moe import RouterStats
 from model.transformer import Transformer
@@ -217,6 +218,11 @@ def next_token(
 
     `rows` are the arrays of a batch, each `[b, T]`: tokens, positions, segments, targets, weights.
     """
+    if model.config.num_labels:
+        raise UserError(
+            f"model.num_labels={model.config.num_labels} makes a model for sequence classification, which predicts no "
+            "tokens; set it to 0 to train on text"
+        )
     batch = Batch(rows["tokens"], rows["positions"], rows["segments"])
     output = forward(model, batch)
     with jax.named_scope("loss"):

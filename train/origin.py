@@ -101,6 +101,10 @@ class Origin:
                 f"init_from={self.name} has {theirs.vocab_size} rows of vocabulary and model.vocab_size is "
                 f"{own.vocab_size}; take at least as many, or 0 to take the source's"
             )
+        head = ""
+        if own.num_labels and not theirs.num_labels:
+            head = f"its head is left out, and one of model.num_labels={own.num_labels} begins at random"
+            theirs = replace(theirs, num_labels=own.num_labels, mtp_layers=0)
         different = differences(theirs, own)
         theirs = replace(theirs, vocab_size=own.vocab_size)
         there, here = (make_skeleton(config, stacked=False) for config in (theirs, own))
@@ -113,7 +117,7 @@ class Origin:
                 f"{self.name} is of another architecture than the config{field}: {len(names)} arrays differ, the first "
                 f"is {names[0]}, {shapes[0]} there and {shapes[1]} here"
             )
-        return different
+        return [head, *different] if head else different
 
     # ---- weights ------------------------------------------------------------
     def weights(self, run: Run, skeleton: Skeleton, initial: Arrays, mesh: jax.sharding.Mesh, new: NewRows) -> Arrays:
@@ -133,6 +137,8 @@ class Origin:
             random = unstack(initial, run.model) if is_stacked(run) else initial
             vocabulary = {name: found.pop(name) for name in vocabulary_axes(form)}
             found = upcycle(found, random, run.upcycle_fresh, run.seed) | vocabulary
+        if theirs.num_labels != run.model.num_labels:
+            found.pop("head_DV", None)
         if new or theirs.vocab_size != run.model.vocab_size:
             for name, axis in vocabulary_axes(skeleton).items():
                 found[name] = grow(found[name], initial[name], new, axis)
@@ -221,6 +227,7 @@ def _in_use(config: ModelConfig) -> ModelConfig:
         vocab_size=0,
         max_positions=1,
         layout="",
+        tie_embeddings=config.tied_head,
         attention_pattern=kinds,
         intermediate_size=config.intermediate_size if dense else 1,
         moe=replace(config.moe, every=1, dense_layers=dense) if len(dense) < len(layers) else MoEConfig(),
