@@ -220,6 +220,11 @@ class Run:
             raise UserError(
                 f"{rows} rows of a micro-batch do not divide over data x fsdp x expert = {self.mesh.batch_shards}"
             )
+        if self.lora.base != "same" and self.matmul != "plain":
+            raise UserError(
+                f"lora.base={self.lora.base} keeps the weights of products in 8 bits, which matmul={self.matmul} would "
+                "round again; leave one of them at its default"
+            )
         check_start(self)
         # Sizes that init_from gives are not known yet; they are judged when they take the place of `model`.
         if self.init_model == "config":

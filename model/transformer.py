@@ -16,7 +16,7 @@ from model.latent_attention import LatentAttention
 from model.layers import FeedForward, Keys, RMSNorm, weight
 from model.linear import Matmul, check_installed, linear
 from model.linear_attention import GatedDeltaNet
-from model.lora import adapt, freeze
+from model.lora import Narrow, adapt, freeze
 from model.lora_config import LoraConfig
 from model.moe import MoE, RouterStats
 from sharding.data_parallel import gather, keep_all_but_gathered
@@ -167,7 +167,9 @@ class Stack(nnx.Module):
         def block(first: int, repeat: int | Array) -> Block:
             layer_key = jax.random.fold_in(key, first + repeat * len(pattern))
             made = Block(config, first, Keys(layer_key))
-            adapt(made, lora, jax.random.fold_in(layer_key, LORA_KEY))
+            if lora.rank:
+                adapt(made, lora, jax.random.fold_in(layer_key, LORA_KEY))
+                freeze(made, lora)
             return made
 
         if repeats == 1:
@@ -189,7 +191,8 @@ def gathered(module: Module, context: Context) -> Module:
     dtype = context.rope[0].dtype
 
     def whole(leaf: nnx.Variable) -> nnx.Variable:
-        return leaf.replace(gather(leaf[...], leaf.get_metadata()["axes"], dtype, context.cut_over_data))
+        kind = leaf[...].dtype if isinstance(leaf, Narrow) else dtype
+        return leaf.replace(gather(leaf[...], leaf.get_metadata()["axes"], kind, context.cut_over_data))
 
     module = jax.tree.map(lambda leaf: leaf, module)
     for _, part in nnx.iter_modules(module):
@@ -266,7 +269,7 @@ class Transformer(nnx.Module):
         self.matmul: Matmul = matmul
         if lora.rank:
             head = self.head_DV
-            freeze(self)
+            freeze(self, lora)
             # No other model has had the labels: with a frozen head at random there is nothing to adapt to.
             self.head_DV = head if config.num_labels else self.head_DV
 

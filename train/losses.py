@@ -15,6 +15,7 @@ from configs.run import LossConfig
 from errors import UserError
 from model.forward import Batch, forward, predict_further
 from model.moe import RouterStats
+from model.quantization import Quantized
 from model.transformer import Transformer
 from sharding.mesh import platform
 from sharding.rules import constrain
@@ -77,7 +78,7 @@ def chunk_length(batch: int, length: int, vocab: int) -> int:
 
 def cross_entropy(
     hidden_BTD: Float[Array, "B T D"],
-    head_DV: Float[Array, "D V"],
+    head_DV: Float[Array, "D V"] | Quantized,
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
     z_weight: float,
@@ -87,6 +88,8 @@ def cross_entropy(
     Works on chunks of positions: no more than a chunk's logits exist at once, and their gradient is made in
     the forward pass, so that they are never computed twice. Only the first result is differentiable.
     """
+    if isinstance(head_DV, Quantized):
+        head_DV = head_DV.dense(hidden_BTD.dtype)
     return _differentiable(hidden_BTD, head_DV, targets_BT, weights_BT, z_weight)  # pyright: ignore[reportReturnType]
 
 
