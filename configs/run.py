@@ -239,6 +239,8 @@ def check_start(run: Run) -> None:
         if getattr(run, name) != default and not run.init_from:
             raise UserError(f"{name}={getattr(run, name)} needs init_from; name a model to start from")
     if run.init_how == "upcycle":
+        if run.lora.rank:
+            raise UserError("init_how=upcycle makes experts and routers that have to be trained; set lora.rank 0")
         if not run.model.moe.num_experts:
             raise UserError("init_how=upcycle makes a mixture of experts; set model.moe.num_experts and its sizes")
         if run.model.moe.activation != "swiglu" or run.model.moe.bias:

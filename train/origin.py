@@ -138,7 +138,7 @@ class Origin:
         keep = None
         if run.lora.base == "int8":
             grows = bool(new) or theirs.vocab_size != run.model.vocab_size
-            keep = keeping(run, skip=vocabulary_axes(form).keys() if grows else (), wait=run.init_how == "upcycle")
+            keep = keeping(run, vocabulary_axes(form).keys() if grows else ())
         found = self.source.weights(layout(form, mesh, table), "float32", keep=keep)
         if run.init_how == "upcycle":
             random = unstack(initial, run.model) if is_stacked(run) else initial
@@ -174,17 +174,17 @@ class Origin:
         return replace(state, params=params, extra=arrays)
 
 
-def keeping(run: Run, *, skip: Collection[str] = (), wait: bool = False) -> Keep:
+def keeping(run: Run, skip: Collection[str] = ()) -> Keep:
     """What `run` keeps of a weight that it does not train, where that is 8 bits.
 
     Args:
-        skip: weights that are needed as they are. wait: all are.
+        skip: weights that are needed as they are.
     """
     sums = make_skeleton(run.model, stacked=False).sums
     narrow = jax.jit(quantize, static_argnums=1)
 
     def keep(name: str, array: jax.Array) -> Any:
-        return array if wait or name in skip or name not in sums else narrow(array, sums[name])
+        return array if name in skip or name not in sums else narrow(array, sums[name])
 
     return keep
 

@@ -1,0 +1,194 @@
+"""Law: adapters beside weights in 8 bits are trained as beside what these stand for, in a quarter of the bytes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qmax
+from errors import UserError
+from model.checkpoint.checkpoints import Checkpoints
+from model.config import ModelConfig
+from model.expert_weights import Experts
+from model.experts import grouped
+from model.load import open_model, read_model
+from model.lora import BASE, SCALE, VALUES, merge, widen
+from model.lora_config import LoraConfig
+from model.quantization import Quantized, quantize
+from model.ragged_experts import ragged
+from model.tree import make_skeleton as plain_skeleton
+from model.tree import unstack
+from sharding.mesh import MeshConfig, make_mesh
+from tests.test_lora import LORA, ONE, adapted
+from tests.test_mesh import gradients
+from tests.tiny import MOE, Trainer, make_rows, make_run
+
+SMALL = replace(LORA, base="int8", targets=("q", "o", "up", "down", "kv_down"))
+"""Of attention, feed-forwards and experts some weights have adapters and others are in 8 bits alone."""
+FULL = pytest.mark.full
+
+
+def listed(arrays: dict[str, Any], config: ModelConfig, layers: str) -> dict[str, Any]:
+    return unstack(arrays, config) if layers == "stacked" else arrays
+
+
+def whole(trainer: Trainer) -> Trainer:
+    """The same adapters beside what the weights in 8 bits stand for, in float32 on one device."""
+    run = trainer.run
+    plain = replace(run, lora=replace(run.lora, base="same"), layers="list", remat="none", mesh=MeshConfig())
+    other = Trainer(plain, ONE)
+    shapes = plain_skeleton(run.model, stacked=False).shapes
+    params, extra = (listed(part, run.model, run.layers) for part in (trainer.state.params, trainer.state.extra))
+    arrays = widen(jax.device_get(extra), shapes)
+    assert arrays.keys() == other.state.extra.keys()
+    extra = {name: jnp.asarray(leaf) for name, leaf in arrays.items()}
+    params = {name: jnp.asarray(np.asarray(leaf)) for name, leaf in params.items()}
+    other.state = replace(other.state, params=params, extra=extra)
+    return other
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "remat", "mesh"),
+    [
+        ("dense", "stacked", "block", MeshConfig()),
+        ("moe", "list", "none", MeshConfig()),
+        ("moe", "stacked", "dots", MeshConfig(fsdp=2, expert=2, tensor=2)),
+        pytest.param("latent", "list", "block", MeshConfig(data=2, fsdp=2, tensor=2), marks=FULL),
+        pytest.param("hybrid", "list", "none", MeshConfig(), marks=FULL),
+        pytest.param("moe", "list", "none", MeshConfig(data=2, expert=4, exchange="all_to_all"), marks=FULL),
+    ],
+    ids=str,
+)
+def test_gradients_are_those_beside_what_is_stood_for(kind: str, layers: Any, remat: Any, mesh: MeshConfig) -> None:
+    trainer = adapted(kind, layers=layers, mesh=mesh, lora=SMALL, remat=remat)
+    assert any(leaf.dtype == np.int8 for leaf in trainer.state.extra.values())
+    found, loss = gradients(trainer)
+    wanted, plain_loss = gradients(whole(trainer))
+    assert abs(loss - plain_loss) <= 1e-5 * plain_loss
+    found = listed(found, trainer.run.model, layers)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert np.abs(np.asarray(found[name]) - value).max() <= 1e-5 * np.abs(value).max(), name
+
+
+@pytest.mark.parametrize("backend", ["ragged", "grouped"])
+def test_experts_in_8_bits_pass_gradients_on(backend: str) -> None:
+    """Also through buffers that overflow."""
+    draw = np.random.default_rng(0)
+    x_MD, ids_MC = draw.normal(size=(24, 6)), np.minimum(draw.integers(0, 9, (24, 2)), 4)
+    share_MC = draw.uniform(size=(24, 2))
+    shapes = {"gate_EDF": ((1,), (5, 6, 8)), "up_EDF": ((1,), (5, 6, 8)), "down_EDF": ((2,), (5, 6, 8))}
+    small = {
+        name: quantize(jnp.asarray(draw.normal(size=shape), jnp.float32), sums)
+        for name, (sums, shape) in shapes.items()
+    }
+
+    def loss(x_MD: Any, share_MC: Any, weights: dict[str, Any]) -> Any:
+        params = Experts(**weights)
+        if backend == "ragged":
+            return jnp.sum(jnp.sin(ragged(x_MD, jnp.asarray(ids_MC), share_MC, params, 16)))
+        return jnp.sum(jnp.sin(grouped(x_MD, jnp.asarray(ids_MC), share_MC, params, 4, 8)))
+
+    given = jnp.asarray(x_MD, jnp.float32), jnp.asarray(share_MC, jnp.float32)
+    found = jax.jit(jax.grad(lambda *own: loss(*own, small), (0, 1)))(*given)
+    wanted = jax.jit(jax.grad(lambda *own: loss(*own, {n: w.dense() for n, w in small.items()}), (0, 1)))(*given)
+    for own, plain in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(own, plain, atol=1e-5 * np.abs(plain).max())
+
+
+def test_what_is_kept_and_what_is_trained() -> None:
+    run = make_run(MOE, lora=SMALL)
+    trainer, plain = Trainer(run, ONE), Trainer(replace(run, lora=replace(SMALL, base="same")), ONE)
+    sums = plain_skeleton(MOE, stacked=False).sums
+    narrow, wide = trainer.state.extra, plain.state.extra
+    for name, leaf in wide.items():
+        own = sums.get(name.removesuffix(BASE))
+        if own is None:
+            np.testing.assert_array_equal(narrow[name], leaf)
+        else:
+            nearest = quantize(leaf, own)
+            np.testing.assert_allclose(narrow[name + SCALE], nearest.scale, rtol=1e-6)
+            assert np.abs(np.asarray(narrow[name + VALUES], int) - nearest.values).max() <= 1, name
+    in_products = sum(leaf.nbytes for name, leaf in wide.items() if name.removesuffix(BASE) in sums)
+    stored = sum(leaf.nbytes for name, leaf in narrow.items() if name.endswith((VALUES, SCALE)))
+    scales = sum(leaf.nbytes for name, leaf in narrow.items() if name.endswith(SCALE))
+    assert stored - scales == in_products / 4
+    before = jax.device_get(narrow)
+    metrics = [trainer(make_rows(run, step)) for step in range(2)]
+    assert all(np.isfinite(one["loss"]) for one in metrics) and metrics[1]["skipped"] == 0
+    for name, leaf in before.items():
+        np.testing.assert_array_equal(trainer.state.extra[name], leaf)
+    bfloat16 = Trainer(replace(run, parameter_dtype="bfloat16", dtype="bfloat16"), ONE)
+    assert {leaf.dtype for name, leaf in bfloat16.state.extra.items() if name.endswith(VALUES)} == {np.dtype("int8")}
+    assert np.isfinite(bfloat16(make_rows(run))["loss"])
+
+
+def test_through_the_front_door(tmp_path: Path) -> None:
+    """From a directory and from a run, rounded as it is read; resumed to the same bits; read as a plain model."""
+    base, hf, whole, cut = (tmp_path / name for name in ("base", "hf", "whole", "cut"))
+    assert qmax.main(["train", "configs/tiny.py", "--steps", "1", "--out", str(base)]) == 0
+    assert qmax.main(["convert", str(base), str(hf), "--dtype", "float32"]) == 0
+    lora = ["--lora.rank", "2", "--lora.base", "int8", "--optimizer.learning-rate", "0.1", "--checkpoint.every", "2"]
+    words = ["train", "configs/tiny.py", *lora, "--validate-every", "0"]
+    assert qmax.main([*words, "--steps", "4", "--init-from", str(hf), "--out", str(whole)]) == 0
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    skeleton = plain_skeleton(open_model(base).config, stacked=False)
+    weights = open_model(base).weights(dict.fromkeys(skeleton.shapes, one), "float32")
+    stored, nearest = saved(whole, 4), jax.jit(quantize, static_argnums=1)
+    for name, over in skeleton.sums.items():
+        wanted = nearest(weights[name], over)
+        path = next(p for p in (f"extra.{name}{BASE}", f"extra.{name}") if p + VALUES in stored)
+        np.testing.assert_array_equal(stored[path + VALUES], wanted.values)
+        np.testing.assert_array_equal(stored[path + SCALE], wanted.scale)
+    (whole / "config.json").rename(tmp_path / "record.json")
+    record = json.loads((tmp_path / "record.json").read_text())
+    (tmp_path / "record.json").rename(whole / "config.json")
+    assert record["run"]["lora"]["base"] == "int8"
+
+    assert qmax.main([*words, "--steps", "4", "--init-from", str(base), "--out", str(cut)]) == 0
+    Checkpoints(cut / "checkpoints", keep=9)
+    again = saved(cut, 4)
+    assert again.keys() == stored.keys()
+    for name, leaf in stored.items():
+        np.testing.assert_array_equal(again[name], leaf)
+    import shutil
+
+    shutil.rmtree(cut / "checkpoints" / "4")
+    assert qmax.main([*words, "--steps", "4", "--init-from", str(base), "--out", str(cut), "--resume"]) == 0
+    for name, leaf in saved(cut, 4).items():
+        np.testing.assert_array_equal(leaf, stored[name])
+
+    found = read_model(open_model(whole), ONE, dtype="float32")
+    config = LoraConfig(rank=2, base="int8")
+    parts = {name.partition(".")[2]: leaf for name, leaf in stored.items() if name.startswith(("params.", "extra."))}
+    by_hand = merge(widen(parts, skeleton.shapes), skeleton.sums, config)
+    wanted = skeleton.merge(
+        *({n: by_hand[n] for n in names} for names in (skeleton.weights, by_hand.keys() - skeleton.weights))
+    )
+    for own, hand in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(own, hand)
+    mesh = make_mesh(MeshConfig(tensor=2))
+    for own, many in zip(jax.tree.leaves(found), jax.tree.leaves(read_model(open_model(whole), mesh)), strict=True):
+        np.testing.assert_allclose(own, many, atol=1e-6)
+    assert qmax.main(["convert", str(whole), str(tmp_path / "merged")]) == 0
+
+
+def saved(run: Path, step: int) -> dict[str, Any]:
+    checkpoints = Checkpoints(run / "checkpoints", keep=9)
+    wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in checkpoints.leaves(step).items()}
+    return checkpoints.restore(step, wanted)
+
+
+def test_impossible_bases_are_refused() -> None:
+    with pytest.raises(UserError, match=r"lora\.base=int8 is of weights beside adapters"):
+        LoraConfig(base="int8")
+    with pytest.raises(UserError, match="matmul=int8 would round again"):
+        make_run(MOE, lora=SMALL, matmul="int8")
+    assert isinstance(quantize(jnp.ones((2, 3)), (0,)), Quantized)
