@@ -21,6 +21,7 @@ from model.config import ModelConfig, MoEConfig
 from model.convert_verb import convert
 from model.forward import Batch, forward, unembed
 from model.load import load_model, open_model, read_model
+from model.quantization import quantize
 from model.tokenizer import Tokenizer
 from model.tokenizer_extension import extend_tokenizer, spelled_before
 from model.tree import Arrays, make_skeleton, unstack
@@ -317,3 +318,28 @@ def test_a_language_model_becomes_one_with_labels(
         assert_equal(whole, source_weights(tmp_path / "labelled"))
         with pytest.raises(UserError, match=r"model.num_labels is 1 there and 0 here.*head_DV, \[\d+, 1\] there"):
             begin(replace(again, model=replace(run.model, num_labels=0), init_model="config"), tmp_path / "no")
+
+
+@pytest.mark.parametrize("layers", ["list", "stacked"])
+def test_a_vocabulary_grows_before_it_is_rounded(layers: str, place: Path, tmp_path: Path) -> None:
+    """Beside adapters, in 8 bits: old rows are the nearest to the source's, new ones those of the run alone."""
+    config = open_model(place / "moe").config
+    rows = config.vocab_size + 64
+    words = ("--model.vocab-size", str(rows), "--lora.rank", "2", "--lora.base", "int8", "--layers", layers)
+    _, found = begin(config_of(place, *words), tmp_path / "out")
+    source = source_weights(place / "moe")
+    for name, over in (("embedding_VD", (1,)), ("head_DV", (0,))):
+        wanted = quantize(source[name], over)
+        values, scale = (np.asarray(found[f"{name}.{part}"]) for part in ("values", "scale"))
+        assert values.shape[over[0] - 1] == rows and values.dtype == np.int8
+        cut = np.s_[: config.vocab_size] if name == "embedding_VD" else np.s_[:, : config.vocab_size]
+        np.testing.assert_array_equal(values[cut], wanted.values)
+        np.testing.assert_array_equal(scale[cut], wanted.scale)
+        assert np.abs(values).max() == 127 and (scale > 0).all()
+    with pytest.raises(UserError, match=r"set lora\.rank 0"):
+        config_of(place, "--lora.rank", "2", "--init-how", "upcycle")
+
+
+def config_of(place: Path, *words: str) -> Run:
+    """A config that starts from the run `moe`."""
+    return config(place, "--init-from", str(place / "moe"), *words)
