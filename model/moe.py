@@ -100,8 +100,9 @@ def axes_of(leaf: Any) -> Any:
     """The logical axes of a weight; of one that is made of several arrays, in their places."""
     axes: Any = leaf.get_metadata()["axes"]
     value = leaf[...]
-    plain = isinstance(value, Quantized) and isinstance(axes, tuple)
-    return Quantized(axes, axes, value.outputs) if plain else axes
+    if isinstance(value, Quantized) and not isinstance(axes, Quantized):
+        return Quantized(axes, axes, value.outputs)
+    return axes
 
 
 class MoE(nnx.Module):

@@ -148,7 +148,7 @@ def test_modules_for_peft_by_hand() -> None:
     shapes, draw = make_skeleton(config, stacked=False).shapes, np.random.default_rng(0)
     path = "stacks.0.blocks.1.attention."
     parts = {
-        path + name: tuple(draw.standard_normal((1, *dims)) for dims in (shapes[path + name][:1], (4, 8)))
+        path + name: (draw.standard_normal((1, *shapes[path + name][:1])), draw.standard_normal((1, 4, 8)))
         for name in ("q_DNH", "gate_DNH")
     }
     modules = modules_of(parts, config, Path("run"))
