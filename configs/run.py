@@ -229,6 +229,11 @@ class Run:
                 f"{rows} rows of a micro-batch do not divide over data x fsdp x expert = {self.mesh.batch_shards}"
             )
         check_rows(self)
+        if self.lora.base != "same" and self.matmul != "plain":
+            raise UserError(
+                f"lora.base={self.lora.base} keeps the weights of products in 8 bits, which matmul={self.matmul} would "
+                "round again; leave one of them at its default"
+            )
         check_start(self)
         check_objective(self)
         # Sizes that init_from gives are not known yet; they are judged when they take the place of `model`.
@@ -269,13 +274,15 @@ def check_start(run: Run) -> None:
         if getattr(run, name) != default and not run.init_from:
             raise UserError(f"{name}={getattr(run, name)} needs init_from; name a model to start from")
     if run.init_how == "upcycle":
+        if run.lora.rank:
+            raise UserError("init_how=upcycle makes experts and routers that have to be trained; set lora.rank 0")
         if not run.model.moe.num_experts:
             raise UserError("init_how=upcycle makes a mixture of experts; set model.moe.num_experts and its sizes")
         if run.model.moe.activation != "swiglu" or run.model.moe.bias:
             raise UserError("init_how=upcycle copies experts that dense layers are like: swiglu, without biases")
     if run.init_model == "source":
         for own in fields(run.model):
-            allowed = run.init_how == "upcycle" and own.name == "moe"
+            allowed = own.name == "num_labels" or (run.init_how == "upcycle" and own.name == "moe")
             if not allowed and getattr(run.model, own.name) != getattr(ModelConfig(), own.name):
                 raise UserError(
                     f"init_model=source takes the sizes of {run.init_from}, and the config sets model.{own.name} too; "

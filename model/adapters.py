@@ -7,7 +7,8 @@ which none waits for another (as S-LoRA serves them, arXiv 2311.03285, without g
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def read_adapter(path: Path, config: ModelConfig) -> Adapter:
 
 
 def _read_peft(path: Path, config: ModelConfig) -> Adapter:
-    scale = _scale(path / SETTINGS)
+    scale, scale_of = _scales(path / SETTINGS)
     files = Directory(path, TENSORS)
     tensors = {plain_name(name.removeprefix(PREFIX)): files.view(name) for name in files.entries}
     shapes = make_skeleton(config, stacked=False).shapes
@@ -137,7 +138,8 @@ def _read_peft(path: Path, config: ModelConfig) -> Adapter:
                 raise UserError(f"{path / TENSORS} has {name}{A} and not {name}{B}")
             a, b = (np.asarray(tensors.pop(name + end), np.float32) for end in (A, B))
             try:
-                parts |= _parts(rule, a, b, shapes)
+                own = _parts(rule, a, b * np.float32(scale_of(name, len(a)) / scale), shapes)
+                parts |= own if len(own) == 1 else {ours: _used(*pair) for ours, pair in own.items()}
             except ValueError as error:
                 raise UserError(f"{path}: the adapter of {name} does not fit the model's weight: {error}") from error
     if tensors:
@@ -156,19 +158,38 @@ def _parts(rule: Matrix, a: np.ndarray, b: np.ndarray, shapes: Shapes) -> dict[s
     return {part.ours: (a.reshape(-1, *shapes[part.ours][: part.inputs]), rows[part.ours]) for part in rule.parts}
 
 
-def _scale(file: Path) -> float:
-    """What PEFT multiplies by. UserError for settings that mean more than a product of two matrices."""
+def _used(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ranks that reach this part of a matrix: others are those of the parts beside it."""
+    used = b.reshape(len(b), -1).any(axis=1)
+    return (a[used], b[used]) if used.any() else (a, b)
+
+
+def _scales(file: Path) -> tuple[float, Callable[[str, int], float]]:
+    """What PEFT multiplies by: in general, and for a module of a name and a rank.
+
+    Raises:
+        UserError: settings that mean more than a product of two matrices.
+    """
     try:
         settings = json.loads(file.read_text())
         rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
         kind = settings.get("peft_type", "LORA")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        alphas = {str(name): float(own) for name, own in (settings.get("alpha_pattern") or {}).items()}
+        patterns = {re.compile(rf"(.*\.)?({name})"): own for name, own in alphas.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error) as error:
         raise UserError(f"{file} is damaged: {error}") from error
-    if kind != "LORA" or rank < 1:
-        raise UserError(f"{file} is of peft_type {kind} and r {rank}; LORA of a positive rank is read")
-    for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias"):
+    if kind != "LORA" or rank < 1 or not alpha:
+        raise UserError(
+            f"{file} is of peft_type {kind}, r {rank} and lora_alpha {alpha}; LORA of positive ones is read"
+        )
+    for name in ("use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias"):
         if settings.get(name):
             raise UserError(f"{file} has {name}={settings[name]!r}, which is not supported")
     if settings.get("bias", "none") != "none":
         raise UserError(f"{file} has bias={settings['bias']!r}; only 'none' is supported")
-    return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+
+    def scale_of(name: str, rank: int) -> float:
+        own = next((value for pattern, value in patterns.items() if pattern.fullmatch(name)), alpha)
+        return own / (rank**0.5 if settings.get("use_rslora") else rank)
+
+    return scale_of("", rank), scale_of

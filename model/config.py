@@ -234,6 +234,8 @@ class ModelConfig:
     norm: Literal["cast", "float32", "zero_centred"] = "cast"
     """RMSNorm weights: applied after the cast to the activation's type (Llama), before it (gpt-oss), or
     before it as `1 + weight` (Qwen3-Next)."""
+    num_labels: int = 0
+    """Outputs of a head for sequence classification in the place of the language model's head; 0: a language model."""
     mtp_layers: int = 0
     """Extra blocks that predict the token after the next (multi-token prediction); 0 or 1."""
     max_positions: int = 4096
@@ -253,6 +255,13 @@ class ModelConfig:
             raise UserError(f"model.head_dim={self.head_dim} must be even for rotary positions")
         if self.vocab_size < 0:
             raise UserError(f"model.vocab_size={self.vocab_size} must not be negative")
+        if self.num_labels < 0:
+            raise UserError(f"model.num_labels={self.num_labels} must not be negative")
+        if self.num_labels and self.mtp_layers:
+            raise UserError(
+                f"model.mtp_layers={self.mtp_layers} predicts tokens, which a model with model.num_labels="
+                f"{self.num_labels} does not; set one of them to 0"
+            )
         if self.num_moe_layers < self.num_layers and self.intermediate_size <= 0:
             raise UserError(f"model.intermediate_size={self.intermediate_size} must be positive for the dense layers")
         self._check_attention()
@@ -324,6 +333,16 @@ class ModelConfig:
         """Routed feed-forwards, that of the multi-token prediction block included."""
         return self.num_moe_layers + (self.mtp_layers if self.is_moe(self.mtp_layer) else 0)
 
+    @property
+    def head_outputs(self) -> int:
+        """Outputs of the head: tokens, or the labels of a model for classification."""
+        return self.num_labels or self.vocab_size
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether the head is the embedding; that of a model for classification never is."""
+        return self.tie_embeddings and not self.num_labels
+
     # ---- parameters -------------------------------------------------------
     def attention_parameters(self, layer: int) -> int:
         """Parameters of the attention of block `layer`."""
@@ -359,11 +378,11 @@ class ModelConfig:
 
     def _count(self, *, active: bool) -> int:
         body = sum(self._block(layer, active=active) for layer in range(self.num_layers)) + self.hidden_size
-        return body + self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return body + self.hidden_size * (self.vocab_size + self.head_outputs * (not self.tied_head))
 
     @property
     def parameters_total(self) -> int:
-        """Parameters of the language model; a tied embedding is counted once.
+        """Parameters of the model; a tied embedding is counted once.
 
         Neither the selection bias, which is no parameter, nor the multi-token prediction block is counted.
         """
@@ -394,7 +413,7 @@ class ModelConfig:
         scores and values, no more positions than the window in sliding layers; for a linear layer six per
         element of its state (decay, read and write).
         """
-        multiplied = self._count(active=True) - (0 if self.tie_embeddings else self.vocab_size * self.hidden_size)
+        multiplied = self._count(active=True) - (0 if self.tied_head else self.vocab_size * self.hidden_size)
         return 2.0 * multiplied + sum(self._mixing_flops(layer, context) for layer in range(self.num_layers))
 
     def _mixing_flops(self, layer: int, context: float) -> float:

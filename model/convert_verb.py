@@ -1,4 +1,4 @@
-"""`qmax convert SRC DST`: any MODEL to a Hugging Face directory."""
+"""`qmax convert SRC DST`: any MODEL to a Hugging Face directory, or a run's adapters to one of PEFT's."""
 
 from __future__ import annotations
 
@@ -25,8 +25,15 @@ def convert_main(argv: list[str]) -> int:
     from model.load import open_model
 
     source = open_model(args.source)
-    written = convert(source, args.target, DTYPES[args.dtype] if args.dtype else "")
-    print(f"{args.target}: {written['architecture']}, {written['parameters']:,} parameters, {written['words']}")
+    dtype = DTYPES[args.dtype] if args.dtype else ""
+    if args.adapter:
+        from model.adapter_export import convert_adapter
+
+        written = convert_adapter(source, args.target, dtype)
+    else:
+        written = convert(source, args.target, dtype)
+    size = human_bytes(written["bytes"])
+    print(f"{args.target}: {written['architecture']}, {written['parameters']:,} parameters, {size}")
     if args.json:
         write_json(args.json, written)
     return 0
@@ -38,10 +45,12 @@ def make_parser() -> Parser:
         "convert",
         "Writes a model as a Hugging Face directory, which transformers, vLLM and llama.cpp's converter read.\n"
         "SRC is a run directory, a Hugging Face directory, a .gguf file or a llama2.c .bin file. Nothing is visible\n"
-        "under DST until all of it is there.",
+        "under DST until all of it is there. A run that trained adapters is written with them added to its weights,\n"
+        "or with --adapter they alone, as PEFT reads them.",
         [
             "qmax convert runs/demo/sft models/demo",
             "qmax convert models/Qwen3-0.6B models/Qwen3-0.6B-f32 --dtype float32",
+            "qmax convert runs/tuned adapters/tuned --adapter",
         ],
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="the model to convert")
@@ -49,6 +58,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="type of the weights (default: what they are; bfloat16 for a run)"
     )
+    parser.add_argument("--adapter", action="store_true", help="write the adapters of a run alone, for PEFT")
     parser.add_json()
     return parser
 
@@ -98,15 +108,15 @@ def convert(source: Source, target: Path, dtype: str = "") -> dict[str, Any]:
 
         write_checkpoint(target, config, skeleton.shapes, weights, files, **form, settings=settings, progress=progress)
     return {
-        "architecture": family.architecture,
+        "architecture": family.name_of(config),
         "parameters": config.parameters_total,
         "bytes": done,
-        "words": human_bytes(done),
     }
 
 
 def beside(source: Source) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Files of the tokenizer and for generation, and what the tokenizer adds to config.json."""
+    from model.hf.reading import Checkpoint
     from model.hf.writing import to_json
     from model.tokenizer_export import hugging_face_files
 
@@ -114,7 +124,9 @@ def beside(source: Source) -> tuple[dict[str, bytes], dict[str, Any]]:
         tokenizer = source.tokenizer()
     except UserError as exc:
         print(f"qmax: {exc}; the weights are written without a tokenizer", file=sys.stderr)
-        return {}, {}
+        # Where a sequence ends a classifier knows by it.
+        padding = source.settings.get("pad_token_id") if isinstance(source, Checkpoint) else None
+        return {}, {} if padding is None else {"pad_token_id": padding}
     files = hugging_face_files(tokenizer)
     ends = list(tokenizer.stop_ids)
     generation: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_id, "do_sample": True}

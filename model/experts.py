@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from model.expert_weights import Activation, Experts, activate, down, expert_at, hidden_of, on_own_rows, plus
 from model.linear import Matmul
 from model.lora import LowRank
+from model.quantization import Quantized, completed, differentiable
 from model.ragged_experts import packed, ragged
 from sharding.expert_parallel import buffer_rows
 from sharding.mesh import platform
@@ -236,10 +237,15 @@ def expert_gradients(
     """Gradients of one batch of rows of one expert, or of all experts' buffers at once.
 
     `share` weighs each row's output; `dy` is the gradient of the weighted output. Returns the gradients of
-    the rows, of the share, and of the weights. In 8 bits, or with adapters, the hidden layer is computed again.
+    the rows, of the share, and of the weights but those kept in 8 bits. In 8 bits, or with adapters, the hidden layer
+    is computed again.
     """
-    if matmul != "plain" or any(isinstance(leaf, LowRank) for leaf in params):
-        return jax.vjp(lambda r, s, p: on_own_rows(r, p, activation, s, matmul), rows, share, params)[1](dy)
+    if matmul != "plain" or any(isinstance(leaf, LowRank | Quantized) for leaf in params):
+
+        def again(rows: Array, share: Array, part: Experts) -> Array:
+            return on_own_rows(rows, completed(part, params), activation, share, matmul)
+
+        return jax.vjp(again, rows, share, differentiable(params))[1](dy)
     assert params.up_EDF is not None
     hidden, pull = jax.vjp(partial(activate, kind=activation), gate, up)
     through = dy @ params.down_EDF
@@ -271,7 +277,7 @@ def grouped_backward(
         dw_R = jnp.take(d_share.reshape(-1), plan.slot_R, mode="fill", fill_value=0)
     else:
         dx_MD, dw_R = jnp.zeros_like(x_MD), jnp.zeros_like(weights_R)
-        d_params = jax.tree.map(jnp.zeros_like, params)
+        d_params = jax.tree.map(jnp.zeros_like, differentiable(params))
 
     def body(index: Array, carry: tuple) -> tuple:
         dx_MD, dw_R, d_params = carry

@@ -8,7 +8,7 @@ gradient that comes in, and reuses what the forward pass has rounded.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from math import prod
 from typing import Any, Literal
 
@@ -88,8 +88,12 @@ def in_float32(x: Float[Array, "*B D"], matrix: Float[Array, "D N"] | Quantized)
     return out.reshape(*x.shape[:-1], -1)
 
 
+@jax.custom_vjp
 def widened(x: Float[Array, "*B D"], values: Int8[Array, "*E D N"]) -> Float[Array, "*B N"]:
     """`x` times integers of 8 bits in the type of `x`, summed in float32.
+
+    For a backward pass they are widened again: to keep them so would take the memory that 8 bits save.
+
 
     On a CPU a few rows are multiplied with some columns at a time, which stay in its cache: XLA would write all of them
     in 32 bits first, which for the head of a model takes twelve times as long.
@@ -106,6 +110,15 @@ def widened(x: Float[Array, "*B D"], values: Int8[Array, "*E D N"]) -> Float[Arr
 
     out = jnp.moveaxis(jax.lax.map(block, jnp.arange(blocks)), 0, -2)
     return out.reshape(*x.shape[:-1], columns)
+
+
+def _widened_backward(saved: tuple[Array, Array], d_out: Array) -> tuple[Array, None]:
+    x, values = saved
+    d_x = jnp.matmul(d_out.astype(x.dtype), values.mT.astype(x.dtype), preferred_element_type=jnp.float32)
+    return d_x.astype(x.dtype), None
+
+
+widened.defvjp(lambda x, values: (widened(x, values), (x, values)), _widened_backward)
 
 
 def _rows(x: Float[Array, "*B D"]) -> Array:
@@ -181,7 +194,7 @@ def by_groups(
         out = by_groups(rows_SX, weight_EDF.base, sizes_E, expert_S, matmul, back=back)
         return out + into(out_of(rows_SX, weight_EDF.a, sizes_E), weight_EDF.b, sizes_E) * weight_EDF.scale
     if isinstance(weight_EDF, Quantized):
-        out = _product(rows_SX, weight_EDF.values, sizes_E, (1, 2 if back else 1), True)
+        out: Array = on_values(rows_SX, weight_EDF.values, sizes_E, back)
         scale_EX = weight_EDF.scale[..., 0] if back else weight_EDF.scale[:, 0]
         return (out * jnp.take(scale_EX, expert_S, axis=0, mode="clip")).astype(rows_SX.dtype)
     if matmul == "plain":
@@ -212,6 +225,22 @@ def _product(x_SX: Array, y: Array, sizes_E: Array, contracted: tuple[int, int],
     # Products of bfloat16 are exact as they are; the TPU's kernel refuses to be asked for more.
     exact = None if x_SX.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     return jax.lax.ragged_dot_general(x_SX, y, sizes_E, numbers, precision=exact)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def on_values(rows_SX: Array, values_EDF: Int8[Array, "E D F"], sizes_E: Array, back: bool) -> Array:
+    """Rows times the integers of 8 bits of their expert, `[S, D]` to `[S, F]`, or with `back` the way back."""
+    return _product(rows_SX, values_EDF, sizes_E, (1, 2 if back else 1), True)
+
+
+def _values_backward(back: bool, saved: tuple[Array, ...], d_out: Array) -> tuple[Array, None, None]:
+    values_EDF, sizes_E = saved
+    return on_values(d_out, values_EDF, sizes_E, not back), None, None
+
+
+on_values.defvjp(
+    lambda rows, values, sizes, back: (on_values(rows, values, sizes, back), (values, sizes)), _values_backward
+)
 
 
 @jax.custom_vjp

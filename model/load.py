@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from errors import UserError
 from model.checkpoint.checkpoints import Checkpoints
 from model.config import ModelConfig
-from model.hf.placing import Progress, Shardings
+from model.hf.placing import Keep, Progress, Shardings
 from model.hf.reading import Checkpoint
-from model.lora import BASE, merge
+from model.lora import BASE, SCALE, VALUES, merge, widen
 from model.lora_config import LoraConfig
+from model.quantization import stored_form
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from model.tree import Skeleton, list_names, make_skeleton, unstack
 from sharding.mesh import MeshConfig, make_mesh
-from sharding.rules import DECODE, Table, array_sharding
+from sharding.rules import DECODE, Table, array_sharding, in_shape
 from sharding.runtime import default_dtype
 
 T = TypeVar("T")
@@ -38,8 +40,10 @@ class Source(Protocol):
         """Its tokenizer. UserError where there is none."""
         ...
 
-    def weights(self, shardings: Shardings, dtype: Any, progress: Progress | None = None) -> dict[str, jax.Array]:
-        """All weights and selection biases in list form, laid out as asked."""
+    def weights(
+        self, shardings: Shardings, dtype: Any, progress: Progress | None = None, keep: Keep | None = None
+    ) -> dict[str, Any]:
+        """All weights and selection biases in list form, laid out as asked, or what `keep` makes of each."""
         ...
 
 
@@ -59,14 +63,23 @@ class RunSource:
         """The tokenizer kept in the run."""
         return Tokenizer.load(self.path / "tokenizer")
 
-    def weights(self, shardings: Shardings, dtype: Any, progress: Progress | None = None) -> dict[str, jax.Array]:
+    def weights(
+        self, shardings: Shardings, dtype: Any, progress: Progress | None = None, keep: Keep | None = None
+    ) -> dict[str, Any]:
         """As `Source.weights`; arrays that the run holds stacked are cut into layers on the device."""
-        arrays = self._read(shardings)
         if self.lora.rank:
-            arrays = merge(arrays, make_skeleton(self.config, stacked=False).sums, self.lora)
-        if progress is not None:
-            progress(sum(array.nbytes for array in arrays.values()))
-        return {name: jnp.astype(array, dtype) for name, array in arrays.items()}
+            plain = make_skeleton(self.config, stacked=False)
+            groups = iter([merge(widen(self._read(shardings), plain.shapes), plain.sums, self.lora)])
+        else:
+            groups = self._pieces(shardings, alone=keep is not None)
+        found: dict[str, Any] = {}
+        for arrays in groups:
+            if progress is not None:
+                progress(sum(array.nbytes for array in arrays.values()))
+            for name in list(arrays):
+                array = jnp.astype(arrays.pop(name), dtype)
+                found[name] = array if keep is None else jax.block_until_ready(keep(name, array))
+        return found
 
     def adapter(self) -> dict[str, tuple[jax.Array, jax.Array]]:
         """Both factors of each adapter, by the path of its weight in list form."""
@@ -77,6 +90,13 @@ class RunSource:
 
     def _read(self, shardings: Shardings, ends: tuple[str, ...] = ("",)) -> dict[str, jax.Array]:
         """The arrays whose names end so, in list form."""
+        (arrays,) = self._pieces(shardings, ends)
+        return arrays
+
+    def _pieces(
+        self, shardings: Shardings, ends: tuple[str, ...] = ("",), *, alone: bool = False
+    ) -> Iterator[dict[str, jax.Array]]:
+        """As `_read`; with `alone` one stored array is read after the other."""
         saved = self.checkpoints.leaves(self.step)
         forms = {stacked: self._form(stacked) for stacked in (False, True)}
         fitting = [stacked for stacked, form in forms.items() if _fits(form, saved)]
@@ -89,14 +109,15 @@ class RunSource:
                 continue
             kind = "params" if name in skeleton.weights else "extra"
             own = list_names(name, self.config) if fitting[0] else [name]
-            sharding = _layout_of(own[0], shardings)
+            sharding = _layout_of(own[0], shardings, self.config)
             sharding = sharding if len(own) == 1 else _over_layers(sharding)
             path = f"{kind}.{name}"
             stored = saved[path].dtype if path in saved else jnp.float32
             asked[path] = jax.ShapeDtypeStruct(shape, stored, sharding=sharding)
-        found = self.checkpoints.restore(self.step, asked, part=True)
-        arrays = {name.partition(".")[2]: array for name, array in found.items()}
-        return unstack(arrays, self.config) if fitting[0] else arrays
+        for piece in [{path: leaf} for path, leaf in asked.items()] if alone else [asked]:
+            found = self.checkpoints.restore(self.step, piece, part=True)
+            arrays = {name.partition(".")[2]: array for name, array in found.items()}
+            yield unstack(arrays, self.config) if fitting[0] else arrays
 
     def _form(self, stacked: bool) -> Skeleton:
         if not self.lora.rank:
@@ -105,11 +126,19 @@ class RunSource:
         return Skeleton(jax.eval_shape(lambda: Transformer(self.config, key, stacked=stacked, lora=self.lora)))
 
 
-def _layout_of(name: str, shardings: Shardings) -> jax.sharding.Sharding:
+def _layout_of(name: str, shardings: Shardings, config: ModelConfig) -> jax.sharding.Sharding:
     """Where an array goes; the parts of an adapter go everywhere where the arrays of the model go."""
-    plain = name.removesuffix(BASE)
+    stem = name.removesuffix(VALUES).removesuffix(SCALE)
+    plain = stem.removesuffix(BASE)
     if plain in shardings:
-        return shardings[plain]
+        whole = shardings[plain]
+        if stem == name or not isinstance(whole, jax.sharding.NamedSharding):
+            return whole
+        skeleton = make_skeleton(config, stacked=False)
+        shape = skeleton.shapes[plain]
+        cut = (*whole.spec, *(None for _ in shape))[: len(shape)]
+        form = stored_form(shape, cut, skeleton.sums[plain])
+        return whole.update(spec=in_shape(P(*form.axes), form.values if name.endswith(VALUES) else form.scale))
     some = next(iter(shardings.values()))
     if isinstance(some, jax.sharding.NamedSharding):
         return jax.sharding.NamedSharding(some.mesh, jax.sharding.PartitionSpec())
@@ -183,6 +212,11 @@ def read_lora(run: Path) -> LoraConfig:
     return _read(run, parse)
 
 
+def read_origin(run: Path) -> tuple[str, str]:
+    """The model that a run started from ("" for none) and how. UserError where its `config.json` is damaged."""
+    return _read(run, lambda values: (str(values.get("init_from", "")), str(values.get("init_how", "same"))))
+
+
 def _read(run: Path, parse: Callable[[dict[str, Any]], T]) -> T:
     try:
         return parse(json.loads((run / "config.json").read_text())["run"])
@@ -216,6 +250,15 @@ def read_model(
     return skeleton.merge(weights, extra)
 
 
+def check_language_model(source: Source) -> None:
+    """Refuses a model that gives no next tokens."""
+    if source.config.num_labels:
+        raise UserError(
+            f"{source.path} is a model for sequence classification (num_labels={source.config.num_labels}): it scores "
+            "a text and writes none; name a language model"
+        )
+
+
 def load_model(path: str | Path, mesh: MeshConfig | None = None) -> tuple[Transformer, Tokenizer]:
     """The model at `path`, one array per layer, and its tokenizer.
 
@@ -227,6 +270,7 @@ def load_model(path: str | Path, mesh: MeshConfig | None = None) -> tuple[Transf
         UserError: no model, no tokenizer, or a damaged file; the sentence names it.
     """
     source = open_model(path)
+    check_language_model(source)
     tokenizer = source.tokenizer()
     if tokenizer.vocab_size > source.config.vocab_size:
         raise UserError(

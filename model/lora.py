@@ -17,14 +17,50 @@ from flax import nnx, struct
 from jaxtyping import Array, Float
 
 from model.lora_config import LoraConfig
-from model.quantization import Quantized
+from model.quantization import Quantized, quantize, stored_form
 
 BASE = ".base"
 """The end of the path of a weight that has an adapter; without it the path is that of a plain model."""
+VALUES, SCALE = ".values", ".scale"
+"""The ends of the paths of a weight in 8 bits."""
 
 
 class Frozen(nnx.Variable):
     """A weight that is not trained."""
+
+
+class Narrow(Frozen):
+    """Part of such a weight in 8 bits; it stays of its type, whatever others are cast to."""
+
+
+class InEightBits(nnx.Module):
+    """A weight in its place in a module that is not trained and kept in 8 bits, see `Quantized`.
+
+    Args:
+        axes, sums: as in the metadata of the weight.
+    """
+
+    def __init__(self, weight: Array, axes: tuple[str | None, ...], sums: tuple[int, ...]):
+        form, stored = stored_form(weight.shape, axes, sums), quantize(weight, sums)
+        alone = tuple(axis if size > 1 else None for axis, size in zip(form.axes, form.scale, strict=True))
+        self.values = Narrow(stored.values, axes=form.axes)
+        self.scale = Narrow(stored.scale, axes=alone)
+        self.outputs = stored.outputs
+
+    def __getitem__(self, index: EllipsisType) -> Quantized:
+        return Quantized(self.values[...], self.scale[...], self.outputs)
+
+    def get_metadata(self) -> dict[str, Any]:
+        """Of the same form as a weight's: the logical axes of each part."""
+        values, scale = (part.get_metadata()["axes"] for part in (self.values, self.scale))
+        return {"axes": Quantized(values, scale, self.outputs)}
+
+
+def kept(weight: Array, axes: tuple[str | None, ...], sums: tuple[int, ...], config: LoraConfig) -> Any:
+    """A weight that is not trained; in 8 bits where `config` says so and products can take it."""
+    if config.base == "int8" and sums:
+        return InEightBits(weight, axes, sums)
+    return Frozen(weight, axes=axes, sums=sums)
 
 
 @struct.dataclass
@@ -91,7 +127,7 @@ class Adapted(nnx.Module):
         size = (*part(experts, shape), config.rank, *part(sums, shape))
         drawn = jax.random.uniform(key, size, jnp.float32, -bound, bound)
         empty = jnp.zeros((*part(experts, shape), config.rank, *part(outputs, shape)), jnp.float32)
-        self.base = Frozen(weight[...], axes=axes, sums=sums)
+        self.base = kept(weight[...], axes, sums, config)
         self.a = nnx.Param(drawn, axes=(*part(experts, axes), None, *part(sums, axes)))
         self.b = nnx.Param(empty, axes=(*part(experts, axes), None, *part(outputs, axes)))
         self.scale = config.scale
@@ -106,9 +142,7 @@ class Adapted(nnx.Module):
 
 
 def adapt(module: nnx.Module, config: LoraConfig, key: Array) -> None:
-    """Gives the targets within `module` their adapters, if any are asked for."""
-    if not config.rank:
-        return
+    """Gives the targets within `module` their adapters."""
     found = [
         (owner, name)
         for _, owner in list(nnx.iter_modules(module))
@@ -119,13 +153,34 @@ def adapt(module: nnx.Module, config: LoraConfig, key: Array) -> None:
         setattr(owner, name, Adapted(getattr(owner, name), config, jax.random.fold_in(key, index)))
 
 
-def freeze(module: nnx.Module) -> None:
+def freeze(module: nnx.Module, config: LoraConfig) -> None:
     """Makes of all weights within `module`, but adapters, such as are not trained."""
     for _, owner in list(nnx.iter_modules(module)):
-        for name, leaf in vars(owner).items():
+        for name, leaf in list(vars(owner).items()):
             if isinstance(leaf, nnx.Param) and not isinstance(owner, Adapted):
-                own = {key: value for key, value in leaf.get_metadata().items() if key in ("axes", "sums")}
-                setattr(owner, name, Frozen(leaf[...], **own))
+                metadata = leaf.get_metadata()
+                setattr(owner, name, kept(leaf[...], metadata["axes"], metadata.get("sums") or (), config))
+
+
+def widen(arrays: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+    """Arrays in list form, those in 8 bits in float32 under the path of the weight.
+
+    Args:
+        shapes: of the plain model's weights.
+    """
+    found: dict[str, Array] = {}
+    for name, leaf in arrays.items():
+        stem = name.removesuffix(VALUES)
+        if name.endswith(VALUES):
+            found[stem] = Quantized(leaf, arrays[stem + SCALE], ()).dense().reshape(shapes[stem.removesuffix(BASE)])
+        elif not name.endswith(SCALE):
+            found[name] = leaf
+    return found
+
+
+def narrowed(name: str, weight: Quantized) -> dict[str, Array]:
+    """The arrays of a weight in 8 bits by path, where `name` is that of the weight."""
+    return {name + VALUES: weight.values, name + SCALE: weight.scale}
 
 
 def merge(arrays: Mapping[str, Array], sums: Mapping[str, tuple[int, ...]], config: LoraConfig) -> dict[str, Array]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from typing import Literal
 
 from errors import UserError
 
@@ -24,6 +25,8 @@ class LoraConfig:
     """Multiply by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
     """Weights that get an adapter, experts' too."""
+    base: Literal["same", "int8"] = "same"
+    """int8 keeps the weights that are not trained in 8 bits, each output channel with its scale."""
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -35,6 +38,8 @@ class LoraConfig:
                 near = difflib.get_close_matches(name, TARGETS, 1)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(TARGETS)}"
                 raise UserError(f"lora.targets has {name!r}; {hint}")
+        if self.base != "same" and not self.rank:
+            raise UserError(f"lora.base={self.base} is of weights beside adapters; set lora.rank, or lora.base same")
         if self.rank and not self.targets:
             raise UserError(f"lora.rank={self.rank} with no lora.targets trains nothing; name some, or set lora.rank 0")
 

@@ -15,7 +15,6 @@ from model.expert_weights import Experts
 from model.experts import on_received_rows, run_experts
 from model.layers import FeedForward, Keys, weight
 from model.linear import Matmul
-from model.lora import Adapted
 from model.quantization import Quantized
 from sharding.expert_parallel import left_out, spread_experts
 from sharding.mesh import Exchange, platform
@@ -99,8 +98,11 @@ def route(
 
 def axes_of(leaf: Any) -> Any:
     """The logical axes of a weight; of one that is made of several arrays, in their places."""
-    axes, value = leaf.get_metadata()["axes"], leaf[...]
-    return Quantized(axes, axes, value.outputs) if isinstance(value, Quantized) else axes
+    axes: Any = leaf.get_metadata()["axes"]
+    value = leaf[...]
+    if isinstance(value, Quantized) and not isinstance(axes, Quantized):
+        return Quantized(axes, axes, value.outputs)
+    return axes
 
 
 class MoE(nnx.Module):
@@ -130,7 +132,7 @@ class MoE(nnx.Module):
         On TPUs one grouped product then reads the rows once, and their gradient is one product, not a sum of two.
         """
         mesh = jax.sharding.get_abstract_mesh()
-        if isinstance(self.gate_EDF, Adapted) or isinstance(self.up_EDF, Adapted):
+        if not (isinstance(self.gate_EDF, nnx.Variable) and isinstance(self.up_EDF, nnx.Variable)):
             return
         if platform() == "cpu" or "fsdp" not in mesh.manual_axes or mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] > 1:
             return

@@ -1,4 +1,4 @@
-"""Weights in 8 bits, for decoding: its time is that of reading them.
+"""Weights in 8 bits: for decoding, whose time is that of reading them, and beside adapters, which are trained alone.
 
 Each output channel has a scale of its own, its largest magnitude over 127 (arXiv 2208.07339, section 2.1, for the
 weights alone): what is summed over has one scale, so that it comes out of the sum, and products are of numbers as they
@@ -11,6 +11,7 @@ from math import prod
 from types import EllipsisType
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int8
@@ -48,10 +49,28 @@ class Quantized:
         """Itself: it is cast where it is multiplied."""
         return self
 
+    def dense(self, dtype: Any = jnp.float32) -> Float[Array, "*E D F"]:
+        """The numbers that it stands for, of its stored shape."""
+        return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
+
     @property
     def mT(self) -> Quantized:  # noqa: N802 (as arrays call it)
         """With the last two dimensions exchanged."""
         return Quantized(self.values.mT, self.scale.mT, self.outputs)
+
+
+def differentiable(tree: Any) -> Any:
+    """`tree` with None in the place of weights in 8 bits: what has gradients."""
+    return jax.tree.map(lambda leaf: None if isinstance(leaf, Quantized) else leaf, tree, is_leaf=_is_quantized)
+
+
+def completed(part: Any, tree: Any) -> Any:
+    """The inverse of `differentiable`: `part` with the weights of `tree` that it has not."""
+    return jax.tree.map(lambda own, leaf: leaf if own is None else own, part, tree, is_leaf=lambda node: node is None)
+
+
+def _is_quantized(node: Any) -> bool:
+    return isinstance(node, Quantized)
 
 
 class Form(NamedTuple):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from model.expert_weights import Activation, Experts, activate
 from model.linear import Matmul, by_groups, sums_by_group
+from model.quantization import completed, differentiable
 from sharding.expert_parallel import add_rounds
 
 TOKENS_AT_A_TIME = 128
@@ -224,10 +225,10 @@ def _backward(capacity: int, activation: Activation, matmul: Matmul, saved: tupl
         window = _window(order, turn, capacity, ids_MC.shape[1])
         share_S = jnp.take(weights_R, window.pair_S, mode="fill", fill_value=0)
         _, pull = jax.vjp(
-            lambda rows, share, params: weighted(rows, share, params, *window[2:], activation, matmul),
+            lambda rows, share, part: weighted(rows, share, completed(part, params), *window[2:], activation, matmul),
             _rows(x_MD, window),
             share_S,
-            params,
+            differentiable(params),
         )
         d_rows_SD, d_share_S, d_own = pull(_rows(dy_MD, window))
         d_share_S = jnp.where(window.real_S1[:, 0], d_share_S, 0)

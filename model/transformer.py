@@ -16,7 +16,7 @@ from model.latent_attention import LatentAttention
 from model.layers import FeedForward, Keys, RMSNorm, weight
 from model.linear import Matmul, check_installed, linear
 from model.linear_attention import GatedDeltaNet
-from model.lora import adapt, freeze
+from model.lora import Narrow, adapt, freeze
 from model.lora_config import LoraConfig
 from model.moe import MoE, RouterStats
 from sharding.data_parallel import gather, keep_all_but_gathered
@@ -167,7 +167,9 @@ class Stack(nnx.Module):
         def block(first: int, repeat: int | Array) -> Block:
             layer_key = jax.random.fold_in(key, first + repeat * len(pattern))
             made = Block(config, first, Keys(layer_key))
-            adapt(made, lora, jax.random.fold_in(layer_key, LORA_KEY))
+            if lora.rank:
+                adapt(made, lora, jax.random.fold_in(layer_key, LORA_KEY))
+                freeze(made, lora)
             return made
 
         if repeats == 1:
@@ -189,7 +191,8 @@ def gathered(module: Module, context: Context) -> Module:
     dtype = context.rope[0].dtype
 
     def whole(leaf: nnx.Variable) -> nnx.Variable:
-        return leaf.replace(gather(leaf[...], leaf.get_metadata()["axes"], dtype, context.cut_over_data))
+        kind = leaf[...].dtype if isinstance(leaf, Narrow) else dtype
+        return leaf.replace(gather(leaf[...], leaf.get_metadata()["axes"], kind, context.cut_over_data))
 
     module = jax.tree.map(lambda leaf: leaf, module)
     for _, part in nnx.iter_modules(module):
@@ -245,14 +248,17 @@ class Transformer(nnx.Module):
         keys = Keys(jax.random.fold_in(key, config.num_layers))
         # At unit variance the token itself, not the average of its neighbours, decides where early layers route
         # it: the load is even from the start. As an output head it has to be small.
-        self.embedding_VD = weight(keys, (V, D), ("vocab", "columns"), D if config.tie_embeddings else 1, sums=(1,))
+        self.embedding_VD = weight(keys, (V, D), ("vocab", "columns"), D if config.tied_head else 1, sums=(1,))
         self.stacks = nnx.List(
             [Stack(config, pattern, repeats, key, lora) for pattern, repeats in stack_plan(config, stacked)]
         )
         self.norm = RMSNorm(D, config.norm_eps, config.norm)
         own = Keys(jax.random.fold_in(key, config.num_layers + 1))
         self.mtp = NextTokenBlock(config, own) if config.mtp_layers else None
-        self.head_DV = None if config.tie_embeddings else weight(keys, (D, V), ("columns", "vocab"), D, sums=(0,))
+        if config.num_labels:
+            self.head_DV = weight(keys, (D, config.num_labels), ("embed", None), D)
+        else:
+            self.head_DV = None if config.tied_head else weight(keys, (D, V), ("columns", "vocab"), D, sums=(0,))
         self.config = config
         self.dtype = dtype
         self.remat: Remat = remat
@@ -262,8 +268,11 @@ class Transformer(nnx.Module):
         self.cut_over_data = cut_over_data
         self.matmul: Matmul = matmul
         if lora.rank:
-            freeze(self)
+            head = self.head_DV
+            freeze(self, lora)
+            # No other model has had the labels: with a frozen head at random there is nothing to adapt to.
+            self.head_DV = head if config.num_labels else self.head_DV
 
     def head(self) -> Float[Array, "D V"]:
-        """The output head; the transposed embedding when they are tied."""
+        """The output head, to tokens or labels; the transposed embedding when they are tied."""
         return self.embedding_VD[...].mT if self.head_DV is None else self.head_DV[...]

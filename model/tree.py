@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.config import ModelConfig
-from model.lora import Frozen
+from model.lora import Frozen, Narrow
 from model.transformer import Transformer, stack_plan
 
 Arrays = dict[str, jax.Array]
@@ -50,6 +50,11 @@ class Skeleton:
     def frozen(self) -> set[str]:
         """Paths of weights that are not trained, see `model.lora`."""
         return {name for name, (_, leaf) in self._state.items() if isinstance(leaf, Frozen)}
+
+    @property
+    def narrow(self) -> set[str]:
+        """Those of them that are parts of weights in 8 bits."""
+        return {name for name, (_, leaf) in self._state.items() if isinstance(leaf, Narrow)}
 
     @property
     def weights(self) -> set[str]:

@@ -264,18 +264,25 @@ def _backward(apply: Apply, capacity: int, once: bool, saved: Any, dy_mD: jax.Ar
     """Each round travels again, and its expert is computed again, so that nothing of it was kept."""
     x_mD, ids_mC, weights_mC, params, plan = saved
     experts = len(next(iter(params.values()))) * jax.lax.axis_size("expert")
+    leaves, structure = jax.tree.flatten(params)
+    # Integers, such as weights in 8 bits have, have no gradient.
+    part = [leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) else None for leaf in leaves]
+
+    def again(rows: jax.Array, share: jax.Array, counts: jax.Array, part: list[Any]) -> jax.Array:
+        own = [leaf if given is None else given for given, leaf in zip(part, leaves, strict=True)]
+        return apply(rows, share, counts, structure.unflatten(own))
 
     def body(turn: jax.Array | int) -> Any:
         share, counts, rows, dy = _arrive(plan, turn, capacity, weights_mC, x_mD, dy_mD)
-        _, pull = jax.vjp(lambda *given: apply(given[0], given[1], counts, given[2]), rows, share, params)
+        _, pull = jax.vjp(lambda rows, share, part: again(rows, share, counts, part), rows, share, part)
         d_rows, d_share, d_own = pull(dy)
         slots_mC = _slots(plan, ids_mC, turn, experts, capacity)
         d_rows = _to_tokens(d_rows)
         dx_mD = _take(d_rows.reshape(-1, d_rows.shape[-1]), slots_mC).sum(1)
         return dx_mD, _take(_to_tokens(d_share).reshape(-1), slots_mC), d_own
 
-    dx_mD, dw_mC, d_params = body(0) if once else add_rounds(body, plan.rounds)
-    return dx_mD, None, dw_mC, d_params
+    dx_mD, dw_mC, d_part = body(0) if once else add_rounds(body, plan.rounds)
+    return dx_mD, None, dw_mC, structure.unflatten(d_part)
 
 
 _all_to_all.defvjp(_forward, _backward)

@@ -14,6 +14,7 @@ import pytest
 
 import qmax
 from errors import UserError
+from model.adapter_export import convert_adapter, modules_of, settings_of, write_adapter
 from model.adapters import Adapter, read_adapter
 from model.config import ModelConfig
 from model.forward import continuation, forward, unembed
@@ -125,6 +126,46 @@ def test_a_directory_of_peft_is_read_as_it_says(name: str, tmp_path: Path) -> No
         np.testing.assert_allclose(found.scale * np.tensordot(a, b, ((0,), (0,))), wanted[name], atol=1e-5)
 
 
+@pytest.mark.parametrize("stabilized", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_written_for_peft_is_read_back(name: str, stabilized: bool, tmp_path: Path) -> None:
+    """To the same bits, also where several weights of ours are one matrix there."""
+    config, lora = CONFIGS[name], LoraConfig(rank=3, alpha=5.0, rank_stabilized=stabilized)
+    adapter = Adapter(drawn(config, lora.rank, 1).parts, lora.scale)
+    modules = modules_of(adapter.parts, config, tmp_path)
+    settings = settings_of(modules, config, lora, "models/base")
+    write_adapter(tmp_path / "peft", modules, settings, np.dtype("float32"))
+    found = read_adapter(tmp_path / "peft", config)
+    assert found.parts.keys() == adapter.parts.keys() and found.scale == pytest.approx(lora.scale)
+    for path, pair in adapter.parts.items():
+        for wanted, read in zip(pair, found.parts[path], strict=True):
+            np.testing.assert_array_equal(read, wanted)
+
+
+def test_modules_for_peft_by_hand() -> None:
+    """Query and gate of Qwen3.5, one matrix of rank 2 with heads in turn, whose key has no adapter."""
+    config = CONFIGS["qwen3_5_text"]
+    shapes, draw = make_skeleton(config, stacked=False).shapes, np.random.default_rng(0)
+    path = "stacks.0.blocks.1.attention."
+    parts = {
+        path + name: (draw.standard_normal((1, *shapes[path + name][:1])), draw.standard_normal((1, 4, 8)))
+        for name in ("q_DNH", "gate_DNH")
+    }
+    modules = modules_of(parts, config, Path("run"))
+    ((name, (a, b)),) = modules.items()
+    assert name == "model.layers.1.self_attn.q_proj"
+    assert a.shape == (2, 16) and b.shape == (64, 2)
+    for head in range(4):
+        np.testing.assert_allclose(b[16 * head : 16 * head + 8, 0], parts[path + "q_DNH"][1][0, head], rtol=1e-6)
+        np.testing.assert_allclose(
+            b[16 * head + 8 : 16 * head + 16, 1], parts[path + "gate_DNH"][1][0, head], rtol=1e-6
+        )
+        assert not b[16 * head : 16 * head + 8, 1].any() and not b[16 * head + 8 : 16 * head + 16, 0].any()
+    settings = settings_of(modules, config, LoraConfig(rank=1, alpha=8.0), "base")
+    assert settings["rank_pattern"] == {name: 2} and settings["alpha_pattern"] == {name: 16.0}
+    assert settings["target_modules"] == [name], "layer 3 has a q_proj too, without an adapter"
+
+
 @pytest.mark.parametrize(
     ("settings", "size", "said"),
     [
@@ -167,3 +208,20 @@ def test_an_adapter_that_was_trained_is_served_by_its_name(tmp_path: Path) -> No
     np.testing.assert_allclose(request.logprobs, expected.logprobs, atol=1e-4)
     with pytest.raises(UserError, match="run without adapters"):
         read_adapter(base, model.config)
+
+    assert qmax.main(["convert", str(tuned), str(tmp_path / "peft"), "--adapter"]) == 0
+    settings = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(base) and settings["target_modules"] == ["o_proj", "q_proj"]
+    for path, pair in read_adapter(tmp_path / "peft", model.config).parts.items():
+        for wanted, read in zip(adapter.parts[path], pair, strict=True):
+            np.testing.assert_array_equal(read, wanted)
+    for source, said in ((base, "no run with adapters"), (tuned, "exists already")):
+        with pytest.raises(UserError, match=said):
+            convert_adapter(open_model(source), tmp_path / "peft")
+
+
+def test_experts_are_not_for_peft() -> None:
+    config = CONFIGS["qwen3_moe"]
+    path = "stacks.0.blocks.0.feed_forward.up_EDF"
+    with pytest.raises(UserError, match=r"adapts experts .* leave --adapter away"):
+        modules_of({path: (np.zeros((4, 2, 16)), np.zeros((4, 2, 10)))}, config, Path("run"))

@@ -21,6 +21,7 @@ from model.config import ModelConfig, MoEConfig
 from model.convert_verb import convert
 from model.forward import Batch, forward, unembed
 from model.load import load_model, open_model, read_model
+from model.quantization import quantize
 from model.tokenizer import Tokenizer
 from model.tokenizer_extension import extend_tokenizer, spelled_before
 from model.tree import Arrays, make_skeleton, unstack
@@ -294,3 +295,51 @@ def test_defaults_are_dense_and_small() -> None:
     assert run.model == ModelConfig()
     with pytest.raises(UserError, match=r"model.moe too"):
         replace(run, model=ModelConfig(moe=MoEConfig(num_experts=4, intermediate_size=8)))
+
+
+@pytest.mark.parametrize("layers", ["list", "stacked"])
+def test_a_language_model_becomes_one_with_labels(
+    layers: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """All but the head, which begins at random and small; and what is one already is taken whole."""
+    words = ("--init-from", str(place / "stacked"), "--init-model", "source", "--layers", layers)
+    run, found = begin(config_of_source(place, *words, "--model.num-labels", "1"), tmp_path / "out")
+    assert "its head is left out, and one of model.num_labels=1 begins at random" in capsys.readouterr().err
+    head, expected = np.asarray(found.pop("head_DV")), source_weights(place / "stacked")
+    assert run.model == replace(open_model(place / "stacked").config, num_labels=1)
+    expected.pop("head_DV", None)
+    assert_equal(found, expected)
+    assert head.shape == (run.model.hidden_size, 1) and 0 < head.std() < 2 / run.model.hidden_size**0.5
+    if layers == "list":
+        make_source(replace(run, init_from=""), tmp_path / "labelled")
+        again = config_of_source(place, "--init-from", str(tmp_path / "labelled"), "--init-model", "source")
+        taken, whole = begin(again, tmp_path / "again")
+        assert taken.model == run.model
+        assert_equal(whole, source_weights(tmp_path / "labelled"))
+        with pytest.raises(UserError, match=r"model.num_labels is 1 there and 0 here.*head_DV, \[\d+, 1\] there"):
+            begin(replace(again, model=replace(run.model, num_labels=0), init_model="config"), tmp_path / "no")
+
+
+@pytest.mark.parametrize("layers", ["list", "stacked"])
+def test_a_vocabulary_grows_before_it_is_rounded(layers: str, place: Path, tmp_path: Path) -> None:
+    """Beside adapters, in 8 bits: old rows are the nearest to the source's, new ones those of the run alone."""
+    config = open_model(place / "moe").config
+    rows = config.vocab_size + 64
+    words = ("--model.vocab-size", str(rows), "--lora.rank", "2", "--lora.base", "int8", "--layers", layers)
+    _, found = begin(config_of(place, *words), tmp_path / "out")
+    source = source_weights(place / "moe")
+    for name, over in (("embedding_VD", (1,)), ("head_DV", (0,))):
+        wanted = quantize(source[name], over)
+        values, scale = (np.asarray(found[f"{name}.{part}"]) for part in ("values", "scale"))
+        assert values.shape[over[0] - 1] == rows and values.dtype == np.int8
+        cut = np.s_[: config.vocab_size] if name == "embedding_VD" else np.s_[:, : config.vocab_size]
+        np.testing.assert_array_equal(values[cut], wanted.values)
+        np.testing.assert_array_equal(scale[cut], wanted.scale)
+        assert np.abs(values).max() == 127 and (scale > 0).all()
+    with pytest.raises(UserError, match=r"set lora\.rank 0"):
+        config_of(place, "--lora.rank", "2", "--init-how", "upcycle")
+
+
+def config_of(place: Path, *words: str) -> Run:
+    """A config that starts from the run `moe`."""
+    return config(place, "--init-from", str(place / "moe"), *words)

@@ -28,9 +28,11 @@ MODELS = {"dense": DENSE, "moe": MOE, "latent": LATENT, "hybrid": HYBRID}
 ONE = make_mesh(MeshConfig())
 
 
-def adapted(kind: str, *, layers: Any = "list", mesh: MeshConfig | None = None) -> Trainer:
+def adapted(
+    kind: str, *, layers: Any = "list", mesh: MeshConfig | None = None, lora: LoraConfig = LORA, **changes: Any
+) -> Trainer:
     """A run with adapters that add something already."""
-    run = make_run(MODELS[kind], layers=layers, lora=LORA, mesh=mesh or MeshConfig())
+    run = make_run(MODELS[kind], layers=layers, lora=lora, mesh=mesh or MeshConfig(), **changes)
     trainer = Trainer(run, make_mesh(run.mesh))
     draw = np.random.default_rng(0)
 

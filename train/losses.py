@@ -12,8 +12,10 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from configs.run import LossConfig
+from errors import UserError
 from model.forward import Batch, forward, predict_further
 from model.moe import RouterStats
+from model.quantization import Quantized
 from model.transformer import Transformer
 from sharding.mesh import platform
 from sharding.rules import constrain
@@ -67,7 +69,7 @@ def no_parts(model: Transformer) -> Parts:
 
 def cross_entropy(
     hidden_BTD: Float[Array, "B T D"],
-    head_DV: Float[Array, "D V"],
+    head_DV: Float[Array, "D V"] | Quantized,
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
     z_weight: float,
@@ -77,6 +79,8 @@ def cross_entropy(
     Works on chunks of positions: no more than a chunk's logits exist at once, and their gradient is made in
     the forward pass, so that they are never computed twice. Only the first result is differentiable.
     """
+    if isinstance(head_DV, Quantized):
+        head_DV = head_DV.dense(hidden_BTD.dtype)
     return _differentiable(hidden_BTD, head_DV, targets_BT, weights_BT, z_weight)  # pyright: ignore[reportReturnType]
 
 
@@ -208,6 +212,11 @@ def next_token(
 
     `rows` are the arrays of a batch, each `[b, T]`: tokens, positions, segments, targets, weights.
     """
+    if model.config.num_labels:
+        raise UserError(
+            f"model.num_labels={model.config.num_labels} makes a model for sequence classification, which predicts no "
+            "tokens; set it to 0 to train on text"
+        )
     batch = Batch(rows["tokens"], rows["positions"], rows["segments"])
     output = forward(model, batch)
     with jax.named_scope("loss"):

@@ -45,7 +45,7 @@ def muon_dimensions(name: str, axes: tuple[str | None, ...], ndim: int) -> optax
 
     None (left to AdamW) for norms and biases, for the embedding and head, and for the router.
     """
-    if not is_matrix(axes) or "vocab" in axes or "router" in axes:
+    if not is_matrix(axes) or "vocab" in axes or "router" in axes or name == "head_DV":
         return None
     dims = [ndim - len(axes) + i for i, axis in enumerate(axes) if axis != "expert"]
     if name.endswith("down_EDF"):  # the one weight with outputs before inputs

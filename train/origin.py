@@ -8,9 +8,10 @@ Each array is read straight into the layout of training.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,10 @@ from configs.override import fields_of
 from configs.run import Run
 from errors import UserError
 from model.config import LatentAttentionConfig, LinearAttentionConfig, ModelConfig, MoEConfig, RopeConfig
+from model.hf.placing import Keep
 from model.load import Source, layout, open_model
-from model.lora import BASE
+from model.lora import BASE, SCALE, VALUES, narrowed
+from model.quantization import Quantized, quantize
 from model.tokenizer import Tokenizer
 from model.tree import Arrays, Skeleton, list_names, make_skeleton, stack, unstack
 from sharding.rules import TRAIN
@@ -101,6 +104,10 @@ class Origin:
                 f"init_from={self.name} has {theirs.vocab_size} rows of vocabulary and model.vocab_size is "
                 f"{own.vocab_size}; take at least as many, or 0 to take the source's"
             )
+        head = ""
+        if own.num_labels and not theirs.num_labels:
+            head = f"its head is left out, and one of model.num_labels={own.num_labels} begins at random"
+            theirs = replace(theirs, num_labels=own.num_labels, mtp_layers=0)
         different = differences(theirs, own)
         theirs = replace(theirs, vocab_size=own.vocab_size)
         there, here = (make_skeleton(config, stacked=False) for config in (theirs, own))
@@ -113,7 +120,7 @@ class Origin:
                 f"{self.name} is of another architecture than the config{field}: {len(names)} arrays differ, the first "
                 f"is {names[0]}, {shapes[0]} there and {shapes[1]} here"
             )
-        return different
+        return [head, *different] if head else different
 
     # ---- weights ------------------------------------------------------------
     def weights(self, run: Run, skeleton: Skeleton, initial: Arrays, mesh: jax.sharding.Mesh, new: NewRows) -> Arrays:
@@ -128,19 +135,23 @@ class Origin:
         # Rows that do not divide over the mesh are whole until there are more of them.
         table = dict(TRAIN) | ({"vocab": None} if theirs.vocab_size % run.mesh.tensor else {})
         form = make_skeleton(theirs, stacked=False)
-        found = self.source.weights(layout(form, mesh, table), "float32")
+        keep = None
+        if run.lora.base == "int8":
+            grows = bool(new) or theirs.vocab_size != run.model.vocab_size
+            keep = keeping(run, vocabulary_axes(form).keys() if grows else ())
+        found = self.source.weights(layout(form, mesh, table), "float32", keep=keep)
         if run.init_how == "upcycle":
             random = unstack(initial, run.model) if is_stacked(run) else initial
             vocabulary = {name: found.pop(name) for name in vocabulary_axes(form)}
             found = upcycle(found, random, run.upcycle_fresh, run.seed) | vocabulary
+        if theirs.num_labels != run.model.num_labels:
+            found.pop("head_DV", None)
         if new or theirs.vocab_size != run.model.vocab_size:
-            for name, axis in vocabulary_axes(skeleton).items():
-                found[name] = grow(found[name], initial[name], new, axis)
+            for name, axis in vocabulary_axes(make_skeleton(run.model, stacked=False)).items():
+                found[name] = grow(found[name], whole(initial, name), new, axis)
         stacked = is_stacked(run)
         if run.lora.rank:
-            adapted = {name.removesuffix(BASE) for name in skeleton.frozen if name.endswith(BASE)}
-            adapted = {own for name in adapted for own in (list_names(name, run.model) if stacked else [name])}
-            found = {name + BASE if name in adapted else name: leaf for name, leaf in found.items()}
+            found = beside_adapters(run, skeleton, found)
         first = {name: list_names(name, run.model)[0] if stacked else name for name in initial}
         left = {name: array for name, array in initial.items() if first[name] not in found}
         initial.clear()
@@ -161,6 +172,40 @@ class Origin:
         arrays = {name: found.pop(name).astype(dtype) for name, dtype in dtypes.items()}
         params = {name: arrays.pop(name) for name in trained}
         return replace(state, params=params, extra=arrays)
+
+
+def keeping(run: Run, skip: Collection[str] = ()) -> Keep:
+    """What `run` keeps of a weight that it does not train, where that is 8 bits.
+
+    Args:
+        skip: weights that are needed as they are.
+    """
+    sums = make_skeleton(run.model, stacked=False).sums
+    narrow = jax.jit(quantize, static_argnums=1)
+
+    def keep(name: str, array: jax.Array) -> Any:
+        return array if name in skip or name not in sums else narrow(array, sums[name])
+
+    return keep
+
+
+def whole(arrays: Arrays, name: str) -> jax.Array:
+    """A matrix at `name`, or in 8 bits below it."""
+    return arrays[name] if name in arrays else Quantized(arrays[name + VALUES], arrays[name + SCALE], ()).dense()
+
+
+def beside_adapters(run: Run, skeleton: Skeleton, found: dict[str, Any]) -> dict[str, Any]:
+    """Weights by the paths that they have beside adapters, in list form; `found` is emptied."""
+    stacked, last = is_stacked(run), ".a"
+    adapted = {name.removesuffix(last) for name in skeleton.weights if name.endswith(last)}
+    adapted = {own for name in adapted for own in (list_names(name, run.model) if stacked else [name])}
+    keep, placed = keeping(run) if run.lora.base == "int8" else None, {}
+    for name in list(found):
+        leaf = found.pop(name)
+        leaf = leaf if keep is None or isinstance(leaf, Quantized) else keep(name, leaf)
+        path = name + BASE if name in adapted else name
+        placed |= narrowed(path, leaf) if isinstance(leaf, Quantized) else {path: leaf}
+    return placed
 
 
 def vocabulary_axes(skeleton: Skeleton) -> dict[str, int]:
@@ -221,6 +266,7 @@ def _in_use(config: ModelConfig) -> ModelConfig:
         vocab_size=0,
         max_positions=1,
         layout="",
+        tie_embeddings=config.tied_head,
         attention_pattern=kinds,
         intermediate_size=config.intermediate_size if dense else 1,
         moe=replace(config.moe, every=1, dense_layers=dense) if len(dense) < len(layers) else MoEConfig(),

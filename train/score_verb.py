@@ -26,11 +26,12 @@ def score_main(argv: list[str]) -> int:
     from sharding.runtime import configure_jax
 
     configure_jax()
-    from model.load import open_model, read_model
+    from model.load import check_language_model, open_model, read_model
     from sharding.mesh import MeshConfig, make_mesh
     from train.scoring import Scorer
 
     source = open_model(args.model)
+    check_language_model(source)
     rows = read_rows(args.input)
     tokenizer = source.tokenizer() if any("text" in row for row in rows) else None
     scorer = Scorer(read_model(source, make_mesh(MeshConfig())), args.batch_tokens)

@@ -73,6 +73,8 @@ def resolve(run: Run, tokenizer: Tokenizer, base: ModelConfig | None = None) -> 
     if run.init_model == "source":
         assert base is not None
         model = replace(base, moe=run.model.moe, layout="") if run.init_how == "upcycle" else base
+        if run.model.num_labels and not base.num_labels:
+            model = replace(model, num_labels=run.model.num_labels, mtp_layers=0)
         # Many published models have more rows than tokens, so that a few more fit.
         model = replace(model, vocab_size=rows if tokenizer.vocab_size > least else least)
         run = replace(run, model=model, init_model="config")

@@ -73,7 +73,7 @@ def make_skeleton(run: Run) -> Skeleton:
 
 
 def parameter_dtypes(skeleton: Skeleton, dtype: Any) -> dict[str, jnp.dtype]:
-    """The type of each weight where matrices are of `dtype`: all else is in float32.
+    """The type of each weight where matrices are of `dtype`: all else is in float32. Those in 8 bits are left out.
 
     Else are vectors (norms, biases, those of each expert too), the router, whose close scores decide where tokens go,
     and adapters: few numbers, and the most sensitive ones.
@@ -87,7 +87,7 @@ def parameter_dtypes(skeleton: Skeleton, dtype: Any) -> dict[str, jnp.dtype]:
     stored, frozen = jnp.dtype(dtype), skeleton.frozen
     return {
         name: stored if coarse(axes[name]) and name in (frozen or skeleton.weights) else jnp.dtype("float32")
-        for name in skeleton.weights | frozen
+        for name in (skeleton.weights | frozen) - skeleton.narrow
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from errors import UserError, did_you_mean
 from model.config import LatentAttentionConfig, LinearAttentionConfig, ModelConfig, MoEConfig
-from model.hf.settings import Settings, attention_multiplier, common, common_back, need, refuse
+from model.hf.settings import Settings, attention_multiplier, common, common_back, labels_back, need, refuse
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,21 @@ class Family:
     fused: bool = False
     also: tuple[str, ...] = field(default=())
     """Other architectures whose text model this is."""
+
+    @property
+    def classifier(self) -> str:
+        """The architecture with a head for sequence classification; "" where transformers has none."""
+        without = {"olmoe": "", "qwen3_5_moe_text": "", "qwen3_5_text": "Qwen3_5Text"}
+        stem = without.get(self.model_type, self.architecture.removesuffix("ForCausalLM"))
+        return stem and f"{stem}ForSequenceClassification"
+
+    def name_of(self, config: ModelConfig) -> str:
+        """The architecture of a model of this family."""
+        return self.classifier if config.num_labels else self.architecture
+
+    def writes(self, config: ModelConfig) -> bool:
+        """Whether a model can be written in this form, its head included."""
+        return self.fits(config) and bool(self.name_of(config))
 
 
 # ---- settings of each family ---------------------------------------------------
@@ -392,7 +407,7 @@ FAMILIES = (
 def family_of_settings(settings: Settings) -> Family:
     """The family that a config.json names. UserError for an unknown one."""
     names = [name for name in settings.get("architectures") or () if isinstance(name, str)]
-    known = {name: family for family in FAMILIES for name in (family.architecture, *family.also)}
+    known = {name: one for one in FAMILIES for name in (one.architecture, one.classifier, *one.also) if name}
     for name in names:
         if name in known:
             return known[name]
@@ -407,9 +422,9 @@ def family_of_settings(settings: Settings) -> Family:
 def family_of_config(config: ModelConfig) -> Family:
     """The family that a model is written as: that of its `layout` if it has one. UserError if none fits."""
     for family in FAMILIES:
-        if config.layout == family.model_type and family.fits(config):
+        if config.layout == family.model_type and family.writes(config):
             return family
-    found = next((family for family in FAMILIES if family.fits(config)), None)
+    found = next((family for family in FAMILIES if family.writes(config)), None)
     if found is None:
         raise UserError(
             "no architecture of transformers has this combination of model options; the model can be used here, "
@@ -421,8 +436,8 @@ def family_of_config(config: ModelConfig) -> Family:
 def settings_of(config: ModelConfig, family: Family) -> dict[str, Any]:
     """config.json of a model, without what its tokenizer decides."""
     settings = common_back(config, parameters=family.model_type.startswith("qwen3_5"))
-    names = {"architectures": [family.architecture], "model_type": family.model_type}
-    settings |= names | family.write(config) | {"use_cache": True, "attention_dropout": 0.0}
+    names: dict[str, Any] = {"architectures": [family.name_of(config)], "model_type": family.model_type}
+    settings |= names | labels_back(config) | family.write(config) | {"use_cache": True, "attention_dropout": 0.0}
     if config.latent.kv_rank:
         settings.pop("head_dim")
     return settings

@@ -26,6 +26,9 @@ Place = Callable[[str, np.ndarray], jax.Array]
 Shardings = Mapping[str, jax.sharding.Sharding]
 """Where each weight of the list form goes."""
 
+Keep = Callable[[str, jax.Array], Any]
+"""What is kept of a weight that is in its place: asked of one after the other, so that never all are there whole."""
+
 Progress = Callable[[int], None]
 """Told the bytes that were read since it was last called."""
 
@@ -57,16 +60,19 @@ class TensorFiles(ABC):
     def read(self, name: str) -> np.ndarray:
         """A tensor by the name that the rules give it; a view of its file where it needs no arithmetic."""
 
-    def weights(self, shardings: Shardings, dtype: Any, progress: Progress | None = None) -> dict[str, jax.Array]:
+    def weights(
+        self, shardings: Shardings, dtype: Any, progress: Progress | None = None, keep: Keep | None = None
+    ) -> dict[str, Any]:
         """As `model.load.Source.weights`; each is put in its place as soon as it is read, two at a time."""
         shapes = make_skeleton(self.config, stacked=False).shapes
         place = onto(shardings, dtype)
 
-        def one(rule: Reading) -> dict[str, jax.Array]:
+        def one(rule: Reading) -> dict[str, Any]:
             found = {}
             for name, view in rule.read(self.read, shapes):
                 # Copies run behind; without waiting, many tensors would be on the host at once.
-                found[name] = jax.block_until_ready(place(name, view))
+                array = jax.block_until_ready(place(name, view))
+                found[name] = array if keep is None else jax.block_until_ready(keep(name, array))
                 if progress is not None:
                     progress(view.nbytes)
             return found

@@ -17,6 +17,7 @@ from model.hf.placing import TensorFiles, compare, expected_tensors
 from model.hf.quantised import Tensors, fp8_block
 from model.hf.rules import Copy, ExpertsEach, ExpertsFused, Rule, Shapes
 from model.hf.safetensors import Directory
+from model.hf.settings import labels
 from model.hf.tables import Experts, experts_layout, model_rules
 from model.tokenizer import Tokenizer
 
@@ -57,7 +58,8 @@ class Checkpoint(TensorFiles):
         further = f"model.layers.{config.num_layers}.eh_proj.weight" in self.names
         tied = config.tie_embeddings and "lm_head.weight" not in self.names
         layers = int(beside or further)
-        return replace(config, mtp_layers=layers, layout=self.family.model_type, tie_embeddings=tied)
+        head = {"tie_embeddings": tied, "num_labels": labels(self.settings)}
+        return replace(config, mtp_layers=layers, layout=self.family.model_type, **head)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor by its plain name."""

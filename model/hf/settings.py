@@ -57,6 +57,22 @@ def common(settings: Settings, share: float = 1.0, theta: float = 10_000.0) -> d
     return fields
 
 
+def labels(settings: Settings) -> int:
+    """Outputs of the head for sequence classification, 0 for a language model; transformers leaves two unsaid."""
+    if not any(str(name).endswith("ForSequenceClassification") for name in settings.get("architectures") or ()):
+        return 0
+    return len(settings.get("id2label") or ()) or int(settings.get("num_labels") or 2)
+
+
+def labels_back(config: ModelConfig) -> dict[str, Any]:
+    """What a model for sequence classification says of its labels."""
+    if not config.num_labels:
+        return {}
+    names = {str(index): f"LABEL_{index}" for index in range(config.num_labels)}
+    back = {name: int(index) for index, name in names.items()}
+    return {"num_labels": config.num_labels, "id2label": names, "label2id": back}
+
+
 def rope(settings: Settings, share: float = 1.0, theta: float = 10_000.0) -> RopeConfig:
     """Rotary positions from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
     found = {**(settings.get("rope_scaling") or {}), **(settings.get("rope_parameters") or {})}

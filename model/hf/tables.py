@@ -156,15 +156,15 @@ def mtp_rules(config: ModelConfig, family: Family, experts: Experts) -> list[Rul
 
 def head_rule(config: ModelConfig, theirs: str) -> Same | Matrix:
     """The output head under a name: the embedding where they are tied."""
-    return Same(theirs, "embedding_VD") if config.tie_embeddings else Matrix(theirs, (Part("head_DV"),))
+    return Same(theirs, "embedding_VD") if config.tied_head else Matrix(theirs, (Part("head_DV"),))
 
 
 def model_rules(config: ModelConfig, family: Family, experts: Experts | None = None) -> list[Rule]:
     """The whole table of a model in list form. `experts`: the layout of a checkpoint, if not the family's own."""
     experts = experts or experts_layout(config, family)
     rules: list[Rule] = [Same("model.embed_tokens.weight", "embedding_VD"), Same("model.norm.weight", "norm.weight")]
-    if not config.tie_embeddings:
-        rules.append(head_rule(config, "lm_head.weight"))
+    if not config.tied_head:
+        rules.append(head_rule(config, "score.weight" if config.num_labels else "lm_head.weight"))
     for layer in range(config.num_layers):
         prefixes = f"stacks.0.blocks.{layer}.", f"model.layers.{layer}."
         rules += [rule.within(*prefixes) for rule in block_rules(config, layer, family, experts)]
