@@ -13,6 +13,8 @@ from model.config import ModelConfig
 from model.lora_config import LoraConfig
 from sharding.mesh import MeshConfig
 
+PREFERENCES = ("dpo", "reward", "kto")
+"""Objectives that learn from what people prefer."""
 BFLOAT16_STEP = 2.0**-8
 """Half the distance between numbers of bfloat16, as a share of them: less is lost in rounding to the nearest."""
 

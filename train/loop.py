@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from configs.override import to_dict
-from configs.run import Run
+from configs.run import PREFERENCES, Run
 from errors import UserError
 from sharding.rules import batch_share
 from train.data.loader import REFERENCE, VALIDATION
@@ -167,6 +167,8 @@ def run_steps(job: Job, state: TrainState, start: int, recorder: Recorder, stop:
     run = job.run
     step_function, validation = job.compiled_step(), job.compiled_validation()
     reference = score_rows(job, state, job.cache)
+    if not start and run.validate_every and run.objective in PREFERENCES:
+        recorder.begin(validate(job, validation, state, reference))
     batches = job.data.train_batches(start, *batch_share(job.mesh))
     done, asked = start, stop.agreed(start)
     while done < run.steps and not asked:

@@ -126,8 +126,11 @@ def dpo_parts(
     nll_BP = -own.first_BP / jnp.maximum(tokens.first_BP, 1)
     if config.sft:
         loss += config.sft * mean_of(nll_BP, own.there_BP, totals)
+    likelier_BP = nll_BP < -own.second_BP / jnp.maximum(tokens.second_BP, 1)
     found = {"accuracy": (good > bad).astype(jnp.float32), "reward_margin": good - bad}
     found |= {"chosen_reward": good, "rejected_reward": bad, "chosen_nll": nll_BP}
+    # Whatever the reference says: whether a token of the chosen reply is likelier, in the mean, than one of the other.
+    found |= {"likelier": likelier_BP.astype(jnp.float32)}
     return loss, {name: mean_of(value, own.there_BP, totals) for name, value in found.items()}
 
 

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs.override import to_dict
-from configs.run import Run
+from configs.run import PREFERENCES, Run
 from errors import UserError
 from model.checkpoint.checkpoints import Checkpoints
 from model.config import ModelConfig
@@ -162,7 +162,7 @@ class Job:
         run = self.run
         if run.objective == "rl":
             return policy_loss(model, rows, sums, before, run.rl, run.loss)
-        if run.objective in ("dpo", "kto", "reward"):
+        if run.objective in PREFERENCES:
             return preference_loss(model, rows, sums, before, run.preference, run.loss, run.objective)
         return next_token(model, rows, sums, before, self.run.loss)
 
