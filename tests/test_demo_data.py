@@ -5,13 +5,19 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 import pytest
 from conftest import ROOT
 
+from configs.arithmetic import TASK
+
 from model.chat_template import check_messages
+from train.data.conversations import BadRowError
+from train.data.preferences import pair_of
+from train.tasks.catalogue import open_task
 
 FOLDER = ROOT / "configs" / "demo_data"
 NAMES = sorted(path.name for path in FOLDER.glob("*.jsonl.gz"))
@@ -38,7 +44,7 @@ def test_the_readme_lists_every_file_with_its_size() -> None:
     assert listed == {name: (len(rows(name)), len(content(name))) for name in NAMES}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("sft_")])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("sft_", "preferences_"))])
 def test_documents_are_text(name: str) -> None:
     for row in rows(name):
         assert list(row) == ["text"]
@@ -63,3 +69,23 @@ def test_conversations_are_short_and_take_turns(name: str) -> None:
         for message in messages:
             assert 0 < len(message["content"].split()) <= 61
             assert len(message["content"]) <= 480
+
+
+def test_pairs_differ() -> None:
+    good = 0
+    for row in rows("preferences_en.jsonl.gz"):
+        with suppress(BadRowError):  # a few pairs are of equal replies
+            good += pair_of(row) is not None
+    assert good >= 990
+
+
+def test_a_third_of_the_sums_are_right_and_none_is_held_out() -> None:
+    task = open_task(TASK)
+    held, known = ({problem.id: problem.answer for problem in task.problems(split)} for split in ("test", "train"))
+    right = 0
+    for row in rows("sft_arithmetic.jsonl.gz"):
+        asked, told = (message["content"] for message in row["messages"])
+        a, b = map(int, asked.rstrip("=").split("+"))
+        assert f"{a}+{b}" in known and f"{a}+{b}" not in held and f"{b}+{a}" not in held
+        right += int(told) == a + b
+    assert right / 6000 == pytest.approx(0.35, abs=0.02)

@@ -84,6 +84,11 @@ def kto_losses(
     return jnp.where(good, config.good, config.bad) * (1 - value)
 
 
+def told_apart(margin: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """1 where the chosen reply has the larger reward; a half where the two are equal but for rounding."""
+    return jnp.where(jnp.abs(margin) < 1e-5, 0.5, (margin > 0).astype(jnp.float32))
+
+
 def mean_of(values_BP: Array, there_BP: Array, totals: Totals) -> Array:
     """This micro-batch's part of the mean over all pairs of the step."""
     return jnp.sum(jnp.where(there_BP, values_BP, 0.0)) / totals.weight
@@ -126,11 +131,8 @@ def dpo_parts(
     nll_BP = -own.first_BP / jnp.maximum(tokens.first_BP, 1)
     if config.sft:
         loss += config.sft * mean_of(nll_BP, own.there_BP, totals)
-    likelier_BP = nll_BP < -own.second_BP / jnp.maximum(tokens.second_BP, 1)
-    found = {"accuracy": (good > bad).astype(jnp.float32), "reward_margin": good - bad}
+    found = {"accuracy": told_apart(good - bad), "reward_margin": good - bad}
     found |= {"chosen_reward": good, "rejected_reward": bad, "chosen_nll": nll_BP}
-    # Whatever the reference says: whether a token of the chosen reply is likelier, in the mean, than one of the other.
-    found |= {"likelier": likelier_BP.astype(jnp.float32)}
     return loss, {name: mean_of(value, own.there_BP, totals) for name, value in found.items()}
 
 
@@ -169,7 +171,7 @@ def reward_parts(
     own, margin = sum_replies(rewards_BT, rows), sum_replies(rows["labels"] * last_BT, rows)
     difference_BP = own.first_BP - own.second_BP
     losses = -jax.nn.log_sigmoid(difference_BP - margin.first_BP)
-    found = {"accuracy": (difference_BP > 0).astype(jnp.float32), "reward_margin": difference_BP}
+    found = {"accuracy": told_apart(difference_BP), "reward_margin": difference_BP}
     found |= {"chosen_reward": own.first_BP, "rejected_reward": own.second_BP}
     more = {name: mean_of(value, own.there_BP, totals) for name, value in found.items()}
     return mean_of(losses, own.there_BP, totals), more
