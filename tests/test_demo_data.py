@@ -13,7 +13,6 @@ import pytest
 from conftest import ROOT
 
 from configs.arithmetic import TASK
-
 from model.chat_template import check_messages
 from train.data.conversations import BadRowError
 from train.data.preferences import pair_of
