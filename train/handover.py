@@ -3,14 +3,12 @@ is right already."""
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 from jaxtyping import Array
 
 from configs.run import Run
 from model.forward import Batch, forward
-from model.lora import merge
+from model.lora import merge, widen
 from model.transformer import Transformer
 from model.tree import Skeleton, make_skeleton, unstack
 from train.logprobs import score_targets
@@ -25,7 +23,7 @@ def model_of(run: Run, skeleton: Skeleton, state: TrainState) -> Transformer:
         return skeleton.merge(state.params, state.extra)
     plain = make_skeleton(run.model, stacked=False, dtype=compute_dtype(run))
     listed = unstack({**state.params, **state.extra}, run.model)
-    merged = jax.jit(partial(merge, sums=plain.sums, config=run.lora))(listed)
+    merged = jax.jit(lambda arrays: merge(widen(arrays, plain.shapes), plain.sums, run.lora))(listed)
     weights = {name: leaf for name, leaf in merged.items() if name in plain.weights}
     return plain.merge(weights, {name: leaf for name, leaf in merged.items() if name not in plain.weights})
 
