@@ -164,7 +164,8 @@ LOSSES: dict[str, tuple[dict[str, Any], PreferenceConfig]] = {
 
 
 @pytest.mark.parametrize(
-    ("name", "loss"), [*(("qwen3", loss) for loss in LOSSES), ("qwen3_moe", "sigmoid"), ("qwen3_moe", "sigmoid and sft")]
+    ("name", "loss"),
+    [*(("qwen3", loss) for loss in LOSSES), ("qwen3_moe", "sigmoid"), ("qwen3_moe", "sigmoid and sft")],
 )
 def test_dpo(name: str, loss: str, tmp_path: Path) -> None:
     config, own = LOSSES[loss]
