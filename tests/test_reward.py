@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from kill_campaign import records, write_project
@@ -150,7 +151,7 @@ def test_a_reply_is_worth_what_training_gave_its_last_token(
     row = next(iter(job.data.parts.values()))[0]
     job.data.close()
     model = read_model(open_model(path), make_mesh(MeshConfig()))
-    batch = Batch(*(row[name][None] for name in ("tokens", "positions", "segments")))
+    batch = Batch(*(jnp.asarray(row[name])[None] for name in ("tokens", "positions", "segments")))
     scores = np.asarray(jax.jit(lambda m, b: score_hidden(m, forward(m, b).hidden_BTD))(model, batch))[0]
     segments = row["segments"]
     samples, wanted = list[Sample](), list[float]()
