@@ -174,6 +174,11 @@ def test_the_file_is_used_again_until_the_reference_is_another(
     os.utime(file, (1, 1))
     assert scored(place, other, tmp_path / "d", monkeypatch)
     assert not list((place / "cache" / "reference").glob(".*"))
+    before, config = reference.fingerprint(str(other)), other / "config.json"
+    os.utime(config, (1, 1))
+    assert reference.fingerprint(str(other)) == before
+    config.write_text(config.read_text().replace("10000", "20000"))
+    assert reference.fingerprint(str(other)) != before
 
 
 # ---- what is refused -----------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -158,7 +159,12 @@ def score_rows(job: Job, state: TrainState, cache: Path) -> Reference | None:
     if config.reference == "live":
         return Reference(run, job.skeleton, job.mesh, config.reference_model, FIELD)
     paths = reference_files(job, cache)
-    if not all(path.exists() for path in paths.values()):
+    there = all(path.exists() for path in paths.values())
+    if (
+        jax.process_count() > 1
+    ):  # a disk may show one process what another does not see yet: the first one's word counts
+        there = bool(multihost_utils.broadcast_one_to_all(np.array(there)))
+    if not there:
         reference = Reference(run, job.skeleton, job.mesh, config.reference_model, FIELD)
         with explain_disk(cache, "free some and run again"):
             _write(job, reference, state, paths)
@@ -192,6 +198,4 @@ def _write(job: Job, reference: Reference, state: TrainState, paths: dict[str, P
         for name in names.values():
             name.unlink(missing_ok=True)
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
         multihost_utils.sync_global_devices("reference")

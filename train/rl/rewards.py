@@ -28,6 +28,8 @@ from train.rl.samples import Sample
 from train.tasks.task import Problem, Task, grade_safely
 
 KINDS = ("task", "model", "judge")
+ROWS = 16
+"""Replies that a reward model reads at once."""
 GRADERS = 4
 """Replies that are graded at the same time."""
 JUDGE_SECONDS = 60.0
@@ -94,13 +96,18 @@ class ModelReward:
         self._score = jax.jit(_last_scores)
 
     def __call__(self, asked: Sequence[Asked], samples: Sequence[Sample]) -> list[float | None]:
-        lengths = [len(sample.tokens) for sample in samples]
-        length = 1 << max(max(lengths) - 1, 15).bit_length()
-        tokens = np.zeros((len(samples), length), np.int32)
-        for row, sample in enumerate(samples):
-            tokens[row, : lengths[row]] = sample.tokens
+        longest = max(len(sample.tokens) for sample in samples)
+        length = 1 << max(longest - 1, 15).bit_length()
+        found: list[float | None] = []
         with jax.set_mesh(self._mesh):
-            return np.asarray(self._score(self._model, tokens, np.asarray(lengths))).tolist()
+            for start in range(0, len(samples), ROWS):
+                part = samples[start : start + ROWS]
+                tokens, lengths = np.zeros((ROWS, length), np.int32), np.ones(ROWS, np.int32)
+                for row, sample in enumerate(part):
+                    lengths[row] = len(sample.tokens)
+                    tokens[row, : lengths[row]] = sample.tokens
+                found += np.asarray(self._score(self._model, tokens, lengths))[: len(part)].tolist()
+        return found
 
 
 def _last_scores(model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
