@@ -250,13 +250,16 @@ def with_routers(
     """`loss` of a micro-batch with what is asked of its routers, and `parts` of it added to those `before`."""
     if stats is not None:
         tokens = jnp.maximum(jnp.sum(rows["segments"] > 0), 1).astype(jnp.float32)
-        counts_LE = before.counts_LE + stats.counts_E
+        routed = len(stats.counts_E)
+        counts_LE = before.counts_LE[:routed] + stats.counts_E
         seen = counts_LE[0].sum() / model.config.moe.experts_per_token
         share = tokens / totals.tokens
         balance = balance_loss(counts_LE, stats.scores_E, jnp.maximum(seen, 1), tokens) * share
         router_z = jnp.mean(stats.z) / totals.tokens
         loss += config.balance * balance + config.router_z_loss * router_z
-        parts = replace(parts, balance_loss=balance, router_z_loss=router_z, counts_LE=stats.counts_E)
+        # Where its loss is not asked for, the block for the token after the next is not run and has counted nothing.
+        own_LE = jnp.pad(stats.counts_E, ((0, len(before.counts_LE) - routed), (0, 0)))
+        parts = replace(parts, balance_loss=balance, router_z_loss=router_z, counts_LE=own_LE)
         parts = replace(parts, dropped=stats.dropped.sum())
     parts = jax.lax.stop_gradient(parts)
     return loss, replace(jax.tree.map(jnp.add, before.sums, parts.sums), more=parts.more, peaks=parts.peaks)

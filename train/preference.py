@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from configs.alignment import PreferenceConfig
 from configs.run import LossConfig
-from model.forward import Batch, forward
+from model.forward import Batch, forward, unembed
 from model.transformer import Transformer
 from train.logprobs import score_targets
 from train.losses import Parts, Totals, no_parts, with_routers
@@ -179,5 +179,4 @@ def reward_parts(
 
 def score_hidden(model: Transformer, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T"]:
     """What a reward model gives at each token, float32."""
-    head_DL = model.head().astype(jnp.float32)
-    return (hidden_BTD.astype(jnp.float32) @ head_DL)[..., 0]
+    return unembed(model, hidden_BTD)[..., 0]

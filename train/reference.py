@@ -5,33 +5,81 @@ rows of data, in order --forward of the reference--> one .npy [rows, T] for each
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from configs.run import Run
+from configs.run import Run, check_divides
 from errors import UserError
-from model.load import layout, open_model
+from model.load import check_language_model, layout, open_model
+from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from model.tree import Arrays, Skeleton, make_skeleton
 from sharding.rules import TRAIN, batch_share
 from terminal import progress_bar
 from train.data.order import derive
+from train.data.system import commit, explain_disk
 from train.handover import Rows, logprobs_of
-from train.setup import Job
 from train.state import TrainState, compute_dtype
+
+if TYPE_CHECKING:
+    from train.setup import Job
+
+FIELD = "preference.reference_model"
 
 
 def needs_reference(run: Run) -> bool:
     """Whether the rows of a run need what a reference says of them."""
     return run.objective == "kto" or (run.objective == "dpo" and run.preference.loss != "simpo")
+
+
+def check_reference(run: Run, tokenizer: Tokenizer) -> None:
+    """Refuses a run whose reference is missing or cannot judge its rows; nothing is compiled.
+
+    Raises:
+        UserError: there is no reference, it writes no text, reads other tokens, or does not divide over the mesh.
+    """
+    if run.objective == "rl" and run.rl.kl > 0:
+        path, field = run.rl.reference_model, "rl.reference_model"
+    elif needs_reference(run):
+        path, field = run.preference.reference_model, FIELD
+    else:
+        return
+    if not path and run.lora.rank and run.objective == "rl":
+        return  # the model without its adapters, whatever that began as
+    name = reference_path(run, path, field)
+    try:
+        source = open_model(name)
+        check_language_model(source)
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from error
+    try:
+        own = source.tokenizer()
+    except UserError:
+        own = tokenizer  # it has none: its rows are all there is to compare
+    if not reads_alike(own, tokenizer) or source.config.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"the reference {name} has other tokens than the model that is trained; name one of its kin with {field}"
+        )
+    check_divides(source.config, run.mesh)
+
+
+def reads_alike(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether ids mean the same to both, whatever files they come from."""
+    if one.fingerprint == other.fingerprint:
+        return True
+    if one.vocab_size != other.vocab_size or set(one.stop_ids) != set(other.stop_ids):
+        return False
+    return all(one.token_bytes(i) == other.token_bytes(i) for i in range(one.vocab_size))
 
 
 class Reference:
@@ -40,7 +88,7 @@ class Reference:
     Where adapters are trained it is the model without them, and takes no memory of its own.
 
     Raises:
-        UserError: there is none, or it is of other sizes.
+        UserError: there is none.
     """
 
     def __init__(self, run: Run, skeleton: Skeleton, mesh: jax.sharding.Mesh, path: str, field: str):
@@ -51,10 +99,10 @@ class Reference:
             return
         name = reference_path(run, path, field)
         source = open_model(name)
-        if source.config.vocab_size > run.model.vocab_size:
-            raise UserError(f"the reference {name} has more tokens than the model that is trained; use one of its kin")
         form = make_skeleton(source.config, stacked=False, dtype=compute_dtype(run))
-        found = source.weights(layout(form, mesh, dict(TRAIN)), compute_dtype(run))
+        # Rows that do not divide over the mesh are whole.
+        table = dict(TRAIN) | ({"vocab": None} if source.config.vocab_size % run.mesh.tensor else {})
+        found = source.weights(layout(form, mesh, table), compute_dtype(run))
         weights = {own: leaf for own, leaf in found.items() if own in form.weights}
         self._model = form.merge(weights, {own: leaf for own, leaf in found.items() if own not in form.weights})
         self._score = jax.jit(lambda model, rows: logprobs_of(model, rows)[0], out_shardings=everywhere)
@@ -80,14 +128,24 @@ def reference_path(run: Run, path: str, field: str) -> str:
 
 
 def fingerprint(name: str) -> str:
-    """Changes when the files of a MODEL do: a hash of their names, sizes and times."""
+    """Changes when a MODEL does: a hash of the names, sizes and times of its weights, and of what config.json says."""
     path = Path(name)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     weights = [
         file for file in files if file.suffix in (".safetensors", ".gguf", ".bin") or "checkpoints" in file.parts
     ]
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in weights if file.exists()]
-    return f"{derive(repr(stats)):016x}"
+    config = path / "config.json"
+    return f"{derive(repr(stats), config.read_text() if config.is_file() else ''):016x}"
+
+
+def reference_files(job: Job, cache: Path) -> dict[str, Path]:
+    """Where what the reference says of each part of the rows is kept: another place for all that changes it."""
+    run = job.run
+    name = reference_path(run, run.preference.reference_model, FIELD)
+    own = run.lora.base if run.lora.rank and not run.preference.reference_model else "same"
+    of = fingerprint(name), compute_dtype(run).name, own
+    return {key: cache / "reference" / f"{derive(key, *of):016x}.npy" for key in job.data.parts}
 
 
 def score_rows(job: Job, state: TrainState, cache: Path) -> Reference | None:
@@ -98,38 +156,46 @@ def score_rows(job: Job, state: TrainState, cache: Path) -> Reference | None:
     run, config = job.run, job.run.preference
     if not needs_reference(run):
         return None
-    field = "preference.reference_model"
-    name = reference_path(run, config.reference_model, field)
     if config.reference == "live":
-        return Reference(run, job.skeleton, job.mesh, config.reference_model, field)
-    print_, paths = fingerprint(name), dict[str, Path]()
-    paths = {key: cache / "reference" / f"{derive(key, print_):016x}.npy" for key in job.data.parts}
-    if not all(path.exists() for path in paths.values()):
-        _write(job, Reference(run, job.skeleton, job.mesh, config.reference_model, field), state, paths)
+        return Reference(run, job.skeleton, job.mesh, config.reference_model, FIELD)
+    paths = reference_files(job, cache)
+    there = all(path.exists() for path in paths.values())
+    if (
+        jax.process_count() > 1
+    ):  # a disk may show one process what another does not see yet: the first one's word counts
+        there = bool(multihost_utils.broadcast_one_to_all(np.array(there)))
+    if not there:
+        reference = Reference(run, job.skeleton, job.mesh, config.reference_model, FIELD)
+        with explain_disk(cache, "free some and run again"):
+            _write(job, reference, state, paths)
     job.data.attach_reference(paths)
     return None
 
 
 def _write(job: Job, reference: Reference, state: TrainState, paths: dict[str, Path]) -> None:
-    """The files that are missing; each is there whole or not at all."""
-    length, rows = job.run.data.sequence_length, sum(map(len, job.data.parts.values()))
-    size = job.run.data.batch_size
-    arrays: dict[str, np.ndarray] = {}
-    with progress_bar("log-probabilities of the reference", rows, unit="rows") as bar:
-        for key, first, batch in job.data.rows_in_order(size, *batch_share(job.mesh)):
-            found = np.asarray(reference(state, job.place(batch)))
-            count = len(job.data.parts[key])
-            own = arrays.setdefault(key, np.zeros((count, length), np.float32))
-            there = min(size, count - first)
-            own[first : first + there] = found[:there]
-            bar.advance(there)
-    if jax.process_index() == 0:
-        for key, path in paths.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial_ = path.with_name(f".{path.stem}.tmp.npy")
-            np.save(partial_, arrays.get(key, np.zeros((0, length), np.float32)))
-            partial_.replace(path)
+    """The files of all parts; each is there whole or not at all."""
+    length, size = job.run.data.sequence_length, job.run.data.batch_size
+    rows, first_process = sum(map(len, job.data.parts.values())), jax.process_index() == 0
+    files: dict[str, np.ndarray] = {}
+    names = {key: path.with_name(f".{path.stem}-{os.getpid()}.tmp") for key, path in paths.items()}
+    try:
+        with progress_bar("log-probabilities of the reference", rows, unit="rows") as bar:
+            for key, first, batch in job.data.rows_in_order(size, *batch_share(job.mesh)):
+                found = np.asarray(reference(state, job.place(batch)))
+                count = len(job.data.parts[key])
+                there = min(size, count - first)
+                if first_process:
+                    if key not in files:
+                        paths[key].parent.mkdir(parents=True, exist_ok=True)
+                        shape = (count, length)
+                        files[key] = np.lib.format.open_memmap(names[key], "w+", dtype=np.float32, shape=shape)
+                    files[key][first : first + there] = found[:there]
+                bar.advance(there)
+        for key, array in files.items():
+            array.flush()  # pyright: ignore[reportAttributeAccessIssue]
+            commit(names[key], paths[key])
+    finally:
+        for name in names.values():
+            name.unlink(missing_ok=True)
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
         multihost_utils.sync_global_devices("reference")

@@ -37,6 +37,7 @@ from train.optimizer import make_optimizer
 from train.origin import NewRows, Origin
 from train.policy import policy_loss
 from train.preference import preference_loss
+from train.reference import check_reference
 from train.state import (
     TrainState,
     abstract_state,
@@ -68,6 +69,8 @@ def resolve(run: Run, tokenizer: Tokenizer, base: ModelConfig | None = None) -> 
     Raises:
         UserError: the tokenizer has more tokens than the model, or the sizes do not go with the rest of the run.
     """
+    if run.objective == "reward" and not run.model.num_labels:
+        run = replace(run, model=replace(run.model, num_labels=1))
     rows = -(-tokenizer.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     least = base.vocab_size if base else 0
     if run.init_model == "source":
@@ -80,6 +83,17 @@ def resolve(run: Run, tokenizer: Tokenizer, base: ModelConfig | None = None) -> 
         run = replace(run, model=model, init_model="config")
     elif run.model.vocab_size == 0:
         run = replace(run, model=replace(run.model, vocab_size=max(rows, least)))
+    labels = run.model.num_labels
+    if run.objective == "reward" and labels != 1:
+        raise UserError(
+            f"objective=reward learns one score for a reply, and the model has num_labels={labels}; set "
+            "model.num_labels 0 or 1, or start from another model"
+        )
+    if run.objective in ("dpo", "kto", "rl") and labels:
+        raise UserError(
+            f"objective={run.objective} trains a model that writes, and this one has num_labels={labels}: it scores a "
+            "text; start from a language model, with model.num_labels 0"
+        )
     if tokenizer.vocab_size > run.model.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.source} has {tokenizer.vocab_size} tokens and model.vocab_size is "
@@ -226,6 +240,7 @@ def prepare_job(run: Run, out: Path, checkpoints: Checkpoints, start: int | None
     new_rows = origin.new_rows(tokenizer) if origin else {}
     run = resolve(run, tokenizer, starting_model(run, checkpoints, start, origin))
     different = origin.check(run) if origin else []
+    check_reference(run, tokenizer)
     mesh = make_mesh(run.mesh)
     skeleton = make_skeleton(run)
     optimizer = make_optimizer(run.optimizer, run.optimizer_steps, skeleton)

@@ -104,13 +104,18 @@ _ENCODERS: dict[Kind, Callable[[Tokenizer, dict[str, Any]], Encoded | None]] = {
 def _reply(
     tokenizer: Tokenizer, prompt: list[Message], reply: list[Message], tools: list[dict[str, Any]] | None
 ) -> tuple[list[int], list[bool]]:
-    """A conversation of which the assistant's turns in `reply` are judged."""
+    """A conversation of which the assistant's turns in `reply` are judged, and one token that follows the last of them.
+
+    The last token of a sequence is a target and no input. So that the token that ends the turn, where a reward model's
+    score stands, is one, what the template writes next follows it, or else the same token again; neither is learned.
+    """
     asked, answered = ([m for m in part if m["role"] == "assistant"] for part in (prompt, reply))
     learned = [False] * len(asked) + [True] * len(answered)
     ids, mask = tokenizer.encode_conversation(_unweighted([*prompt, *reply]), tools=tools, learned=learned)
     if not any(mask):
         raise BadRowError("no token of the assistant after the prompt, so nothing to judge")
-    return ids, mask
+    end = len(mask) - mask[::-1].index(True)
+    return [*ids[:end], *(ids[end : end + 1] or ids[-1:])], [*mask[:end], False]
 
 
 def _unweighted(messages: list[Message]) -> list[Message]:

@@ -18,14 +18,18 @@ import numpy as np
 from configs.alignment import RLConfig
 from errors import UserError, did_you_mean
 from model.forward import Batch, forward
-from model.load import load_model
+from model.load import open_model, read_model
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
+from sharding.mesh import MeshConfig, make_mesh
 from train.preference import score_hidden
+from train.reference import reads_alike
 from train.rl.samples import Sample
 from train.tasks.task import Problem, Task, grade_safely
 
 KINDS = ("task", "model", "judge")
+ROWS = 16
+"""Replies that a reward model reads at once."""
 GRADERS = 4
 """Replies that are graded at the same time."""
 JUDGE_SECONDS = 60.0
@@ -78,22 +82,32 @@ class ModelReward:
 
     def __init__(self, path: Path, tokenizer: Tokenizer):
         self.name = "model"
-        model, own = load_model(path)
-        if model.config.num_labels != 1:
+        source = open_model(path)
+        if source.config.num_labels != 1:
             raise UserError(f"{path} is no reward model; train one with objective=reward")
-        if own.fingerprint != tokenizer.fingerprint:
+        if not reads_alike(source.tokenizer(), tokenizer):
             raise UserError(
-                f"the reward model {path} has another tokenizer than the model that is trained; use one of its kin"
+                f"the reward model {path} has other tokens than the model that is trained; use one of its kin"
             )
-        self._model, self._score = model, jax.jit(_last_scores)
+        # One device of this process, whatever the run is laid over: of several processes the first alone asks.
+        self._mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+        with jax.set_mesh(self._mesh):
+            self._model = read_model(source, self._mesh)
+        self._score = jax.jit(_last_scores)
 
     def __call__(self, asked: Sequence[Asked], samples: Sequence[Sample]) -> list[float | None]:
-        lengths = [len(sample.tokens) for sample in samples]
-        length = 1 << max(max(lengths) - 1, 15).bit_length()
-        tokens = np.zeros((len(samples), length), np.int32)
-        for row, sample in enumerate(samples):
-            tokens[row, : lengths[row]] = sample.tokens
-        return np.asarray(self._score(self._model, tokens, np.asarray(lengths))).tolist()
+        longest = max(len(sample.tokens) for sample in samples)
+        length = 1 << max(longest - 1, 15).bit_length()
+        found: list[float | None] = []
+        with jax.set_mesh(self._mesh):
+            for start in range(0, len(samples), ROWS):
+                part = samples[start : start + ROWS]
+                tokens, lengths = np.zeros((ROWS, length), np.int32), np.ones(ROWS, np.int32)
+                for row, sample in enumerate(part):
+                    lengths[row] = len(sample.tokens)
+                    tokens[row, : lengths[row]] = sample.tokens
+                found += np.asarray(self._score(self._model, tokens, lengths))[: len(part)].tolist()
+        return found
 
 
 def _last_scores(model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
