@@ -72,5 +72,6 @@ article{{background:var(--card);border-radius:10px;padding:12px 16px;min-width:0
 article p{{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:16em;overflow-y:auto}}
 article .prompt{{color:var(--quiet);margin-bottom:6px;max-height:8em}}
 article b{{float:right;margin-left:10px;font-weight:600}}
+@media (max-width:600px){{body{{padding:14px}}svg{{overflow:visible}}text{{font-size:16px}}}}
 @media print{{body{{background:none;padding:0}}figure,table{{break-inside:avoid}}}}
 """
