@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from errors import UserError
 from model.load import load_model
 from serve.engine import Engine
 from serve.sampling_params import SamplingParams
-from tests.text_fixtures import byte_tokenizer, write_jsonl
+from tests.text_fixtures import SPECIALS, byte_tokenizer, write_jsonl
 from train.data.loader import open_data
 from train.sampler import BEGINNING, held_out_prompts
 from train.samples_file import SAMPLES, read_samples
@@ -43,7 +44,13 @@ def assert_of_the_run(out: Path) -> None:
     model, tokenizer = load_model(out)[:2]
     last = [one for one in read_samples(out) if one["step"] == 4]
     assert len(last) == 3
-    prompts = [tokenizer.encode(one["prompt"]) for one in last]
+    frame = {word: tokenizer.vocab_size - len(SPECIALS) + place for place, word in enumerate(SPECIALS)}
+    assert all(tokenizer.decode([token]) == word for word, token in frame.items())
+    pieces = [re.split(f"({'|'.join(map(re.escape, SPECIALS))})", one["prompt"]) for one in last]
+    prompts = [
+        [token for word in words for token in ([frame[word]] if word in frame else tokenizer.encode(word))]
+        for words in pieces
+    ]
     found = Engine(model, tokenizer, slots=3).generate(prompts, SamplingParams(temperature=0.0, max_tokens=6))
     assert [tokenizer.decode(reply.content) for reply in found] == [one["reply"] for one in last]
 
