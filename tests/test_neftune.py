@@ -53,7 +53,7 @@ def test_rows_and_steps_and_seeds_have_noise_of_their_own() -> None:
 def test_noise_is_added_to_the_embeddings_and_nothing_else() -> None:
     """A row of other tokens with the difference of embeddings as noise is the row of the first tokens."""
     model = trainer().skeleton.merge(*(lambda s: (s.params, s.extra))(trainer().state))
-    rows = make_rows(make_run(SMALL))
+    rows = jax.tree.map(jnp.asarray, make_rows(make_run(SMALL)))
     batch = Batch(rows["tokens"], rows["positions"], rows["segments"])
     other = replace(batch, tokens_BT=(batch.tokens_BT + 1) % DENSE.vocab_size)
     noise = embed(model, batch.tokens_BT) - embed(model, other.tokens_BT)

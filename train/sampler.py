@@ -38,7 +38,7 @@ class Sampler:
             if len(prompt) < run.model.max_positions and prompt not in self.prompts:
                 self.prompts.append(prompt)
         if len(self.prompts) < run.samples:
-            say(f"samples={run.samples}: {len(self.prompts)} held-out prompts are there to be answered")
+            say(f"samples={run.samples}: there are no more than {len(self.prompts)} different held-out prompts")
         self.engine: Engine | None = None
 
     def show(self, state: TrainState, step: int) -> None:
