@@ -132,6 +132,11 @@ class LossConfig:
     """Weight of the loss of the token after the next, where model.mtp_layers has a block for it."""
     bias_update_rate: float = 0.0
     """Step of the selection bias towards even load; needs model.moe.selection_bias."""
+    neftune: float = 0.0
+    """sft: noise on embeddings, at most this over sqrt(tokens x width) (NEFTune, 2310.05914); 5 is usual, 0 is none."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "loss.", 0, "neftune")
 
 
 @dataclass(frozen=True)
@@ -203,6 +208,10 @@ class Run:
     """Steps between validation losses; 0 for only at the end."""
     validation_batches: int = 8
     """Batches in a validation loss."""
+    samples: int = 0
+    """Held-out prompts that are answered, greedily, at each validation; samples.jsonl has the replies."""
+    sample_tokens: int = 64
+    """Longest of these replies."""
     max_bad_steps: int = 20
     """Steps in a row that may be skipped for a loss or gradient that is not finite, before the run stops."""
     spike_factor: float = 0.0
@@ -216,8 +225,8 @@ class Run:
         return self.steps * (self.rl.updates if self.objective == "rl" else 1)
 
     def __post_init__(self) -> None:
-        check_range(self, "", 1, "steps", "accumulate", "log_every", "max_bad_steps")
-        check_range(self, "", 0, "validate_every", "validation_batches", "spike_factor", "seed")
+        check_range(self, "", 1, "steps", "accumulate", "log_every", "max_bad_steps", "sample_tokens")
+        check_range(self, "", 0, "validate_every", "validation_batches", "samples", "spike_factor", "seed")
         if self.data.batch_size % self.accumulate:
             raise UserError(f"data.batch_size={self.data.batch_size} does not divide by accumulate={self.accumulate}")
         if self.accumulate_dtype == "bfloat16" and self.accumulate * BFLOAT16_STEP >= 1:
@@ -245,6 +254,11 @@ class Run:
 
 def check_objective(run: Run) -> None:
     """Refuses fields about what is learnt that do not fit together."""
+    if run.loss.neftune and run.objective != "sft":
+        raise UserError(f"loss.neftune={run.loss.neftune} goes with objective=sft, not {run.objective}")
+    if run.samples and run.objective in ("reward", "rl"):
+        other = "gives numbers, not text" if run.objective == "reward" else "writes its own: rl.validation_problems"
+        raise UserError(f"samples={run.samples} asks for replies while training, and objective={run.objective} {other}")
     if run.objective == "rl":
         if not run.rl.tasks:
             raise UserError("objective=rl learns from tasks; name some with rl.tasks, such as arithmetic?digits=1")

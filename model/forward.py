@@ -68,7 +68,14 @@ def continuation(tokens_BT: Array, lengths_B: Array, valid_BT: Array | None = No
     return Batch(tokens_BT, lengths_B[:, None] + steps, valid)
 
 
-def forward(model: Transformer, batch: Batch, cache: Cache | None = None, *, replay: Array | None = None) -> Output:
+def forward(
+    model: Transformer,
+    batch: Batch,
+    cache: Cache | None = None,
+    *,
+    replay: Array | None = None,
+    noise: Array | None = None,
+) -> Output:
     """Runs the model on a batch.
 
     Args:
@@ -77,8 +84,11 @@ def forward(model: Transformer, batch: Batch, cache: Cache | None = None, *, rep
         cache: None while training and scoring: tokens attend within their document of the batch. Otherwise
             tokens are appended to the cache and attend to all of their row.
         replay: `[L, B, T, C]` expert choices to use instead of the router's own.
+        noise: `[B, T, D]`, added to the embeddings.
     """
     x_BTD = embed(model, batch.tokens_BT)
+    if noise is not None:
+        x_BTD += noise.astype(x_BTD.dtype)
     context = make_context(model, batch, cache)
     run = spread_stacks if cache is None and spreads(model, batch) else run_stacks
     x_BTD, layers = run(model, x_BTD, context, cache, replay)

@@ -22,6 +22,7 @@ from train.metrics import MetricsLog, Throughput
 from train.optimizer import schedule
 from train.progress import TrainProgress
 from train.reference import Reference, score_rows
+from train.sampler import Sampler
 from train.setup import Job, say
 from train.signals import StopRequest, stop_on_signal
 from train.state import TrainState, compute_dtype, flatten
@@ -169,6 +170,7 @@ def run_steps(job: Job, state: TrainState, start: int, recorder: Recorder, stop:
     reference = score_rows(job, state, job.cache)
     if not start and run.validate_every and run.objective in PREFERENCES:
         recorder.begin(validate(job, validation, state, reference))
+    sampler = Sampler(job) if run.samples else None
     batches = job.data.train_batches(start, *batch_share(job.mesh))
     done, asked = start, stop.agreed(start)
     while done < run.steps and not asked:
@@ -183,6 +185,8 @@ def run_steps(job: Job, state: TrainState, start: int, recorder: Recorder, stop:
         if last or (run.validate_every and done % run.validate_every == 0):
             with recorder.clock.pause():
                 more = validate(job, validation, state, reference)
+                if sampler is not None:
+                    sampler.show(state, done)
             assert recorder.pending is not None
             recorder.pending.more |= more
         asked = stop.agreed(done)  # looked at once: who asks after this is heard after the next step

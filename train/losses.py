@@ -21,6 +21,7 @@ from sharding.mesh import platform
 from sharding.rules import constrain
 from sharding.vocabulary import on_own_logits, over_vocabulary, vocabulary_start
 from train.chunks import chunk_length
+from train.noise import embedding_noise
 
 SHIFTED = "targets", "weights", "segments"
 
@@ -210,7 +211,8 @@ def next_token(
 ) -> tuple[Array, Parts]:
     """The loss of one micro-batch, and its parts added to those `before` it in the step.
 
-    `rows` are the arrays of a batch, each `[b, T]`: tokens, positions, segments, targets, weights.
+    `rows` are the arrays of a batch, each `[b, T]`: tokens, positions, segments, targets, weights; and keys of the
+    noise on embeddings, `noise` `[b, 2]`, where there is any.
     """
     if model.config.num_labels:
         raise UserError(
@@ -218,7 +220,10 @@ def next_token(
             "tokens; set it to 0 to train on text"
         )
     batch = Batch(rows["tokens"], rows["positions"], rows["segments"])
-    output = forward(model, batch)
+    noise = None
+    if "noise" in rows:
+        noise = embedding_noise(rows["noise"], batch.segments_BT, model.config.hidden_size, config.neftune)
+    output = forward(model, batch, noise=noise)
     with jax.named_scope("loss"):
         total, nll, z = cross_entropy(output.hidden_BTD, model.head(), rows["targets"], rows["weights"], config.z_loss)
     loss = total / totals.weight

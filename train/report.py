@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from errors import UserError
 from model.config import ModelConfig
 from terminal import Parser, print_table, write_json
-from train.metrics import NAME as METRICS
-from train.metrics import read_metrics
-from train.report_plots import Marks, Series, expert_heat_map, line_chart, short, time_heat_map
+from train.report_alignment import alignment_charts, sample_cards
+from train.report_plots import expert_heat_map, line_chart, short, time_heat_map
+from train.report_records import held_out, load, marks_of, median_of, points, series, values
 from train.report_style import STYLE
+from train.samples_file import read_samples
 
 NAME = "report.html"
+ALIGNMENT = "accuracy", "validation_accuracy", "reward_margin", "reward", "validation_reward", "reply_tokens"
+"""What is summarised where a run learns from preferences or rewards: its last value."""
 
 
 def report_main(argv: list[str]) -> int:
@@ -50,7 +51,7 @@ def write_report(run_dir: str | Path) -> Path:
         UserError: the directory is not a run, or cannot be written.
     """
     run_dir = Path(run_dir)
-    config, records = _load(run_dir)
+    config, records = load(run_dir)
     page = _page(run_dir, config, records)
     path = run_dir / NAME
     temporary = ""
@@ -69,10 +70,10 @@ def write_report(run_dir: str | Path) -> Path:
 
 def summarize(run_dir: str | Path) -> dict[str, Any]:
     """What the page says, in numbers; None where a run did not measure something."""
-    config, records = _load(Path(run_dir))
-    losses = _values(records, "loss")
-    validation = _values(records, "validation_loss")
-    skipped, resumed = _marks(records).skipped, _marks(records).resumed
+    config, records = load(Path(run_dir))
+    losses = values(records, "loss")
+    validation = values(records, "validation_loss")
+    marks = marks_of(records)
     total, active = _parameters(config)
     last = records[-1] if records else {}
     return {
@@ -82,58 +83,20 @@ def summarize(run_dir: str | Path) -> dict[str, Any]:
         "loss_last": losses[-1] if losses else None,
         "validation_loss_best": min(validation, default=None),
         "validation_loss_last": validation[-1] if validation else None,
-        "tokens_per_second": _median(_values(records, "tokens_per_second")),
-        "mfu": _median(_values(records, "mfu")),
-        "expert_load_max_over_mean": next(iter(reversed(_values(records, "expert_load_max_over_mean"))), None),
-        "memory_bytes": max(_values(records, "memory_bytes"), default=None),
-        "seconds": sum(_values(records, "seconds")) or None,
-        "skipped": len(skipped),
-        "resumes": len(resumed),
+        "tokens_per_second": median_of(values(records, "tokens_per_second")),
+        "mfu": median_of(values(records, "mfu")),
+        "expert_load_max_over_mean": next(iter(reversed(values(records, "expert_load_max_over_mean"))), None),
+        "memory_bytes": max(values(records, "memory_bytes"), default=None),
+        "seconds": sum(values(records, "seconds")) or None,
+        "skipped": len(marks.skipped),
+        "resumes": len(marks.resumed),
         "parameters_total": total,
         "parameters_active": active,
+        **{name: numbers[-1] for name in ALIGNMENT if (numbers := values(records, name))},
     }
 
 
-# ---- reading --------------------------------------------------------------------
-def _load(run_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    for name in ("config.json", METRICS):
-        if not (run_dir / name).is_file():
-            what = "is not a run" if run_dir.is_dir() else "does not exist or is no directory"
-            raise UserError(f"{run_dir} {what} (no {name} in it); name the directory that qmax train wrote")
-    try:
-        config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-    except ValueError as exc:
-        raise UserError(f"{run_dir / 'config.json'} is not valid JSON ({exc}); restore it from a checkpoint") from exc
-    if not isinstance(config, dict) or not isinstance(config.get("run"), dict):
-        raise UserError(
-            f"{run_dir} is not a run (its config.json has no 'run'); name the directory that qmax train wrote"
-        )
-    return config, read_metrics(run_dir)
-
-
-def _points(records: Iterable[Mapping[str, Any]], name: str, factor: float = 1.0) -> list[tuple[float, float]]:
-    return [
-        (record["step"], record[name] * factor)
-        for record in records
-        if isinstance(record.get(name), (int, float)) and math.isfinite(record[name])
-    ]
-
-
-def _values(records: Iterable[Mapping[str, Any]], name: str) -> list[float]:
-    return [y for _, y in _points(records, name)]
-
-
-def _median(values: Sequence[float]) -> float | None:
-    return median(values) if values else None
-
-
-def _marks(records: Sequence[Mapping[str, Any]]) -> Marks:
-    return Marks(
-        skipped=[record["step"] for record in records if record.get("skipped")],
-        resumed=[record["resumed_from"] for record in records if "resumed_from" in record],
-    )
-
-
+# ---- facts ----------------------------------------------------------------------
 def _model(config: Mapping[str, Any]) -> ModelConfig | None:
     """The architecture of the run; None where another version of qmax wrote what this one cannot read."""
     try:
@@ -154,8 +117,15 @@ def _page(run_dir: Path, config: Mapping[str, Any], records: Sequence[Mapping[st
     title = escape(run_dir.resolve().name)
     body = [f"<header><h1>{title}</h1>{_tiles(records)}</header>"]
     body.append(f"<section>{_facts(config, records)}</section>")
-    groups = ["".join(_course_charts(records)), "".join(_expert_charts(config, records))]
-    body += [f"<main>{charts}</main>" for charts in groups if charts] or ["<main>No step has been logged yet.</main>"]
+    objective = config["run"].get("objective", "pretrain")
+    groups = [
+        alignment_charts(config["run"], records),
+        _course_charts(objective, records),
+        _expert_charts(config, records),
+    ]
+    drawn = [f"<main>{''.join(charts)}</main>" for charts in groups if any(charts)]
+    drawn = drawn or ["<main>No step has been logged yet.</main>"]
+    body += [drawn[0], sample_cards(read_samples(run_dir)), *drawn[1:]]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -166,16 +136,20 @@ def _page(run_dir: Path, config: Mapping[str, Any], records: Sequence[Mapping[st
 
 def _tiles(records: Sequence[Mapping[str, Any]]) -> str:
     def last(name: str, form: str) -> str | None:
-        values = _values(records, name)
-        return format(values[-1], form) if values else None
+        found = values(records, name)
+        return format(found[-1], form) if found else None
 
-    rate = _median(_values(records, "tokens_per_second"))
-    share = _median(_values(records, "mfu"))
-    tokens = _values(records, "tokens")
+    rate = median_of(values(records, "tokens_per_second"))
+    share = median_of(values(records, "mfu"))
+    tokens = values(records, "tokens")
     tiles = [
         ("step", f"{records[-1]['step']:,}" if records else None),
         ("loss", last("loss", ".4g")),
         ("validation loss", last("validation_loss", ".4g")),
+        ("reward", last("reward", ".3g")),
+        ("held-out reward", last("validation_reward", ".3g")),
+        ("preferred rightly", last("accuracy", ".0%")),
+        ("held out", last("validation_accuracy", ".0%")),
         ("tokens", short(tokens[-1]) if tokens else None),
         ("tokens/s", short(rate) if rate else None),
         ("MFU", f"{share:.1%}" if share else None),
@@ -185,35 +159,25 @@ def _tiles(records: Sequence[Mapping[str, Any]]) -> str:
     return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles if value) + "</dl>"
 
 
-def _series(
-    records: Iterable[Mapping[str, Any]],
-    name: str,
-    label: str,
-    color: int = 1,
-    factor: float = 1.0,
-    smooth: bool = False,
-) -> Series:
-    return Series(label, _points(records, name, factor), color, smooth=smooth)
-
-
-def _course_charts(records: Sequence[Mapping[str, Any]]) -> list[str]:
+def _course_charts(objective: str, records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Losses, rates, norms and memory over steps; an empty string for what was not measured."""
-    marks = _marks(records)
-    train = _series(records, "loss", "train", smooth=True)
-    validation = Series("validation", _points(records, "validation_loss"), 2, dots=True)
-    reference = Series("reference", _points(records, "reference_loss"), 3, dots=True)
-    rate, share = _series(records, "tokens_per_second", "tokens/s"), _series(records, "mfu", "MFU", factor=100.0)
-    norms = [
-        _series(records, "parameter_norm", "parameters", 3),
-        _series(records, "gradient_norm", "gradient"),
-        _series(records, "update_norm", "update", 2),
+    marks = marks_of(records)
+    losses = [
+        series(records, "loss", "train", smooth=True),
+        held_out(records, "validation_loss", "validation"),
+        held_out(records, "reference_loss", "reference", 3),
     ]
-    memory = _series(records, "memory_bytes", "memory", factor=2.0**-30)
+    unit = ", nats per token" if objective in ("pretrain", "sft") else ""
+    rate, share = series(records, "tokens_per_second", "tokens/s"), series(records, "mfu", "MFU", factor=100.0)
+    norms = [
+        series(records, "parameter_norm", "parameters", 3),
+        series(records, "gradient_norm", "gradient"),
+        series(records, "update_norm", "update", 2),
+    ]
+    memory = series(records, "memory_bytes", "memory", factor=2.0**-30)
     return [
-        line_chart(
-            "Loss, nats per token", [train, validation, reference], marks=marks, show=lambda value: f"{value:.4g}"
-        ),
-        line_chart("Learning rate", [_series(records, "learning_rate", "learning rate")], zero=True),
+        line_chart(f"Loss{unit}", losses, marks=marks, show=lambda value: f"{value:.4g}"),
+        line_chart("Learning rate", [series(records, "learning_rate", "learning rate")], zero=True),
         line_chart("Throughput, tokens per second", [rate], zero=True),
         line_chart("MFU, share of the device's peak", [share], zero=True, show=lambda value: f"{value:.3g}%"),
         line_chart("Norms", norms, log=True),
@@ -223,13 +187,13 @@ def _course_charts(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _expert_charts(config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[str]:
     """How tokens spread over experts; an empty string for what was not measured."""
-    busiest = _series(records, "expert_load_max_over_mean", "max / mean", smooth=True)
-    z_losses = [_series(records, "router_z_loss", "router"), _series(records, "z_loss", "output", 2)]
+    busiest = series(records, "expert_load_max_over_mean", "max / mean", smooth=True)
+    z_losses = [series(records, "router_z_loss", "router"), series(records, "z_loss", "output", 2)]
     z_losses = [one for one in z_losses if any(y for _, y in one.points)]
     return [
         *_heat_maps(config, records),
         line_chart("Busiest expert of all layers, x mean load", [busiest]),
-        line_chart("Balance loss", [_series(records, "balance_loss", "balance loss", smooth=True)]),
+        line_chart("Balance loss", [series(records, "balance_loss", "balance loss", smooth=True)]),
         line_chart("Squared log-partitions (z-losses)", z_losses, log=True),
     ]
 
@@ -298,7 +262,7 @@ def _model_facts(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def _training_facts(run: Mapping[str, Any]) -> list[tuple[str, Any]]:
     data, optimizer = run.get("data", {}), run.get("optimizer", {})
     rows, length = data.get("batch_size"), data.get("sequence_length")
-    mesh = " x ".join(f"{axis} {size}" for axis, size in run.get("mesh", {}).items() if size != 1)
+    mesh = " x ".join(f"{axis} {size}" for axis, size in run.get("mesh", {}).items() if type(size) is int and size > 1)
     batch = f"{rows} rows of {length:,} = {rows * length:,} tokens" if rows and length else ""
     return [
         ("objective", run.get("objective")),
@@ -316,16 +280,16 @@ def _training_facts(run: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def _course(run: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
     if not records:
         return [("steps", f"0 of {run.get('steps', 0):,}")]
-    marks, times = _marks(records), _values(records, "time")
-    best = min(_points(records, "validation_loss"), key=lambda point: point[1], default=None)
-    losses = _values(records, "loss")
+    marks, times = marks_of(records), values(records, "time")
+    best = min(points(records, "validation_loss"), key=lambda point: point[1], default=None)
+    losses = values(records, "loss")
     return [
         ("steps", f"{records[-1]['step']:,} of {run['steps']:,}" if run.get("steps") else f"{records[-1]['step']:,}"),
         ("loss", f"{losses[0]:.4g} to {losses[-1]:.4g}" if losses else ""),
         ("best validation loss", f"{best[1]:.4g} at step {best[0]:,}" if best else ""),
         ("first step", _when(times[0]) if times else ""),
         ("last step", _when(times[-1]) if times else ""),
-        ("in steps", _span(sum(_values(records, "seconds")))),
+        ("in steps", _span(sum(values(records, "seconds")))),
         ("skipped steps", str(len(marks.skipped))),
         ("resumed", ", ".join(f"after step {step:,}" for step in marks.resumed[-8:]) or "never"),
     ]

@@ -96,19 +96,23 @@ def line_chart(
     return _figure(title + (", log scale" if log else ""), "".join(parts), HEIGHT, legend, marks)
 
 
-def time_heat_map(title: str, steps: Sequence[float], rows: Sequence[Sequence[float]], labels: Sequence[str]) -> str:
-    """A figure of rows over time, coloured from 1 upwards.
+def time_heat_map(
+    title: str, steps: Sequence[float], rows: Sequence[Sequence[float]], labels: Sequence[str], share_of: str = ""
+) -> str:
+    """A figure of rows over time, coloured from 1 upwards by powers of 2.
 
     Args:
         steps: step of each column, ascending.
         rows: [rows, columns]; what is not finite is left blank.
         labels: one for each row.
+        share_of: the rows are shares of this, from 0 to 1, and coloured evenly up to the largest.
     """
     if not rows or not steps:
         return ""
     edges = _buckets(len(steps), COLUMNS)
     columns = [[_mean(row[a:b]) for row in rows] for a, b in edges]
     doublings = _doublings(v for column in columns for v in column)
+    most = max((v for column in columns for v in column if v > 0), default=1.0)
     height, row_height = _heat_height(len(rows))
     across = _Scale(steps[0], steps[-1], LEFT, WIDTH - RIGHT)
     cell = (WIDTH - RIGHT - LEFT) / len(edges)
@@ -117,8 +121,8 @@ def time_heat_map(title: str, steps: Sequence[float], rows: Sequence[Sequence[fl
         when = f"step {steps[a]:,.0f}" + (f" to {steps[b - 1]:,.0f}" if b - a > 1 else "")
         for row, value in enumerate(values):
             if math.isfinite(value):
-                level = _level(math.log2(max(value, 1)) / doublings)
-                words = f"{labels[row]}, {when}: {value:.2f}"
+                level = _level(value / most if share_of else math.log2(max(value, 1)) / doublings)
+                words = f"{labels[row]}, {when}: {f'{value:.1%}' if share_of else f'{value:.2f}'}"
                 parts.append(_cell(LEFT + column * cell, TOP + row * row_height, cell, row_height, f"s{level}", words))
     parts.append(_row_labels(labels, row_height))
     bottom = TOP + row_height * len(rows)
@@ -129,7 +133,10 @@ def time_heat_map(title: str, steps: Sequence[float], rows: Sequence[Sequence[fl
             parts.append(_text(LEFT + (column + 0.5) * cell, bottom + 15, short(x), "middle"))
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, bottom + 31, "step", "middle"))
     every = math.ceil(doublings / 6)
-    scale = _color_bar("s", [f"{2**i}" for i in range(0, doublings + 1, every)], "busiest expert, x mean (1 = even)")
+    ticks = [f"{2**i}" for i in range(0, doublings + 1, every)]
+    scale = _color_bar("s", ticks, "busiest expert, x mean (1 = even)")
+    if share_of:
+        scale = _color_bar("s", ["0", f"{most / 2:.0%}", f"{most:.0%}"], f"share of {share_of}")
     return _figure(title, "".join(parts), height, extra=scale)
 
 
@@ -171,7 +178,7 @@ class _Scale:
         if pad and not log:
             if high - low <= 1e-12 * max(abs(high), abs(low)):
                 spread = abs(high) * 0.1 or 1.0
-                low, high = low - spread, high + spread
+                low, high = (low - spread if low else 0.0), high + spread
             margin = (high - low) * 0.06
             low, high = (low if low == 0 else low - margin), high + margin
         elif pad:

@@ -16,11 +16,11 @@ def _levels(kind: str, colors: str) -> str:
 
 STYLE = f"""
 :root{{--page:#f7f6f3;--card:#fff;--ink:#1d1c1a;--quiet:#6a6862;--grid:#e9e7e2;--axis:#c3c0b8;
---c1:#2a6fd0;--c2:#d9601f;--c3:#15916a;--bad:#c92a2a}}
+--c1:#2a6fd0;--c2:#d9601f;--c3:#15916a;--c4:#8a4fc4;--bad:#c92a2a}}
 {_levels("s", _SEQUENTIAL)}{_levels("d", _DIVERGING)}
 @media (prefers-color-scheme:dark){{
 :root{{--page:#141413;--card:#1d1d1b;--ink:#f0efeb;--quiet:#a3a099;--grid:#302f2c;--axis:#55534e;
---c1:#6aa5f0;--c2:#f08a4b;--c3:#3fbd92;--bad:#ff7b72}}
+--c1:#6aa5f0;--c2:#f08a4b;--c3:#3fbd92;--c4:#b790ee;--bad:#ff7b72}}
 {_levels("s", _SEQUENTIAL_DARK)}{_levels("d", _DIVERGING_DARK)}}}
 *{{box-sizing:border-box}}
 body{{margin:0;padding:28px;background:var(--page);color:var(--ink);font:15px/1.45 system-ui,sans-serif;
@@ -39,13 +39,14 @@ ul{{display:flex;flex-wrap:wrap;gap:2px 16px;list-style:none;margin:0;padding:0;
 li b{{color:var(--ink);font-weight:600}}
 li i{{display:inline-block;vertical-align:middle;margin:-2px 6px 0 0}}
 .key{{width:16px;height:3px;border-radius:2px}}
-.k1{{background:var(--c1)}}.k2{{background:var(--c2)}}.k3{{background:var(--c3)}}
+.k1{{background:var(--c1)}}.k2{{background:var(--c2)}}.k3{{background:var(--c3)}}.k4{{background:var(--c4)}}
 .triangle{{border:5px solid transparent;border-top:0;border-bottom:8px solid var(--bad)}}
 .dash{{width:16px;border-top:2px dashed var(--quiet)}}
 svg{{display:block;width:100%;height:auto}}
 text{{font-size:12px;fill:var(--quiet)}}
 .grid{{stroke:var(--grid)}}.axis{{stroke:var(--axis)}}
 .c1{{stroke:var(--c1);fill:var(--c1)}}.c2{{stroke:var(--c2);fill:var(--c2)}}.c3{{stroke:var(--c3);fill:var(--c3)}}
+.c4{{stroke:var(--c4);fill:var(--c4)}}
 .line,.faint{{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}}
 .faint{{stroke-width:1;opacity:.35}}
 .band{{stroke:none;opacity:.22}}
@@ -64,5 +65,13 @@ table{{width:100%;border-spacing:0;font-size:14px}}
 thead th{{color:var(--ink);font-weight:600;font-size:15px;padding-bottom:6px}}
 th{{text-align:left;font-weight:400;color:var(--quiet);white-space:nowrap;padding:2px 16px 2px 0;vertical-align:top}}
 td{{width:100%;overflow-wrap:anywhere;padding:2px 0}}
+details{{margin:0 0 10px}}
+summary{{cursor:pointer;color:var(--quiet);font-size:14px;padding:4px 0}}
+details>div{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:12px;margin-top:6px}}
+article{{background:var(--card);border-radius:10px;padding:12px 16px;min-width:0;font-size:14px}}
+article p{{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:16em;overflow-y:auto}}
+article .prompt{{color:var(--quiet);margin-bottom:6px;max-height:8em}}
+article b{{float:right;margin-left:10px;font-weight:600}}
+@media (max-width:600px){{body{{padding:14px}}svg{{overflow:visible}}text{{font-size:16px}}}}
 @media print{{body{{background:none;padding:0}}figure,table{{break-inside:avoid}}}}
 """

@@ -18,6 +18,7 @@ from sharding.expert_parallel import exact
 from sharding.mesh import platform
 from sharding.rules import constrain_weights, weights_table
 from train.losses import Parts, Totals, no_parts, totals
+from train.noise import noise_keys
 from train.rounding import cast, store
 from train.state import TrainState, compute_dtype, parameter_dtypes
 
@@ -49,6 +50,8 @@ def make_train_step(run: Run, skeleton: Skeleton, loss: Loss, optimizer: optax.G
 
     def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         start = replace(state, params=working(run, skeleton, state.params))
+        if run.loss.neftune:
+            batch = {**batch, "noise": noise_keys(run.seed, state.step, len(batch["tokens"]))}
         gradients, parts = accumulate(
             run.accumulate, skeleton, loss, start, batch, dtype=run.accumulate_dtype, own_part=own_part
         )

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from train.loop import Pending, Recorder, save
 from train.rl.learner import Learner
+from train.samples_file import write_samples
 from train.setup import Job
 from train.signals import StopRequest
 from train.state import TrainState
-
-SAMPLES = "samples.jsonl"
-"""Replies to held-out problems, a line each, with the step that they were drawn at."""
 
 
 def run_steps(job: Job, state: TrainState, start: int, recorder: Recorder, stop: StopRequest) -> int:
@@ -53,15 +49,5 @@ def validate(learner: Learner, step: int, out: Path, recorder: Recorder) -> dict
     elif found:
         recorder.begin(found)
     if jax.process_index() == 0:
-        write_samples(out / SAMPLES, step, shown)
+        write_samples(out, step, shown)
     return found
-
-
-def write_samples(path: Path, step: int, shown: list[dict[str, Any]]) -> None:
-    """Adds the replies of a step in the place of what a run that was cut back had from it on."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] < step]
-    kept += [json.dumps({"step": step, **one}, ensure_ascii=False) for one in shown]
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text("".join(line + "\n" for line in kept))
-    partial.replace(path)
