@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -18,15 +18,17 @@ from jaxtyping import Array
 
 from configs.run import Run
 from errors import UserError
-from model.load import layout, open_model
+from model.load import Source, layout, open_model
 from model.transformer import Transformer
 from model.tree import Arrays, Skeleton, make_skeleton
 from sharding.rules import TRAIN, batch_share
 from terminal import progress_bar
 from train.data.order import derive
 from train.handover import Rows, logprobs_of
-from train.setup import Job
 from train.state import TrainState, compute_dtype
+
+if TYPE_CHECKING:
+    from train.setup import Job
 
 
 def needs_reference(run: Run) -> bool:
@@ -53,16 +55,21 @@ class Reference:
         source = open_model(name)
         if source.config.vocab_size > run.model.vocab_size:
             raise UserError(f"the reference {name} has more tokens than the model that is trained; use one of its kin")
-        form = make_skeleton(source.config, stacked=False, dtype=compute_dtype(run))
-        found = source.weights(layout(form, mesh, dict(TRAIN)), compute_dtype(run))
-        weights = {own: leaf for own, leaf in found.items() if own in form.weights}
-        self._model = form.merge(weights, {own: leaf for own, leaf in found.items() if own not in form.weights})
+        self._model = read_frozen(source, mesh, compute_dtype(run))
         self._score = jax.jit(lambda model, rows: logprobs_of(model, rows)[0], out_shardings=everywhere)
 
     def __call__(self, state: TrainState, rows: Rows) -> Array:
         """float32 `[B, T]`, on all devices."""
         rows = {name: rows[name] for name in ("tokens", "positions", "segments", "targets")}
         return self._score(self._model if self._model is not None else (state.params, state.extra), rows)
+
+
+def read_frozen(source: Source, mesh: jax.sharding.Mesh, dtype: Any) -> Transformer:
+    """A model that is not trained, laid out as the one that is, with weights of `dtype`."""
+    form = make_skeleton(source.config, stacked=False, dtype=dtype)
+    found = source.weights(layout(form, mesh, dict(TRAIN)), dtype)
+    weights = {own: leaf for own, leaf in found.items() if own in form.weights}
+    return form.merge(weights, {own: leaf for own, leaf in found.items() if own not in form.weights})
 
 
 def _without_adapters(skeleton: Skeleton, arrays: tuple[Arrays, Arrays], rows: Rows) -> Array:
@@ -102,34 +109,53 @@ def score_rows(job: Job, state: TrainState, cache: Path) -> Reference | None:
     name = reference_path(run, config.reference_model, field)
     if config.reference == "live":
         return Reference(run, job.skeleton, job.mesh, config.reference_model, field)
-    print_, paths = fingerprint(name), dict[str, Path]()
-    paths = {key: cache / "reference" / f"{derive(key, print_):016x}.npy" for key in job.data.parts}
-    if not all(path.exists() for path in paths.values()):
-        _write(job, Reference(run, job.skeleton, job.mesh, config.reference_model, field), state, paths)
-    job.data.attach_reference(paths)
+    own = fingerprint(name)
+    if not all(path.exists() for path in paths_beside(job, cache, "reference", own).values()):
+        reference = Reference(run, job.skeleton, job.mesh, config.reference_model, field)
+        said = "log-probabilities of the reference"
+        write_beside(job, cache, own, said, lambda batch: {"reference": reference(state, batch)})
+    job.data.attach("reference", paths_beside(job, cache, "reference", own))
     return None
 
 
-def _write(job: Job, reference: Reference, state: TrainState, paths: dict[str, Path]) -> None:
-    """The files that are missing; each is there whole or not at all."""
-    length, rows = job.run.data.sequence_length, sum(map(len, job.data.parts.values()))
-    size = job.run.data.batch_size
-    arrays: dict[str, np.ndarray] = {}
-    with progress_bar("log-probabilities of the reference", rows, unit="rows") as bar:
-        for key, first, batch in job.data.rows_in_order(size, *batch_share(job.mesh)):
-            found = np.asarray(reference(state, job.place(batch)))
-            count = len(job.data.parts[key])
-            own = arrays.setdefault(key, np.zeros((count, length), np.float32))
+def paths_beside(job: Job, cache: Path, name: str, key: str) -> dict[str, Path]:
+    """Where the array `name` of each part's rows is kept, in the version that `key` stands for."""
+    return {part: cache / name / f"{derive(part, key):016x}.npy" for part in job.data.parts}
+
+
+def write_beside(job: Job, cache: Path, key: str, title: str, score: Callable[[Rows], dict[str, Array]]) -> None:
+    """Files of what `score` says of all rows of a run, for each name one of `[rows, T, ...]`; whole or not at all.
+
+    Args:
+        key: which version of it, see `paths_beside`.
+        score: of a batch the arrays `[B, T, ...]`, which are on all devices.
+    """
+    size, first_process = job.run.data.batch_size, jax.process_index() == 0
+    files: dict[tuple[str, str], np.memmap[Any, Any]] = {}
+    with progress_bar(title, sum(map(len, job.data.parts.values())), unit="rows") as bar:
+        for part, first, batch in job.data.rows_in_order(size, *batch_share(job.mesh)):
+            count = len(job.data.parts[part])
             there = min(size, count - first)
-            own[first : first + there] = found[:there]
+            for name, array in score(job.place(batch)).items():
+                found = np.asarray(array)
+                if first_process:
+                    if first == 0:
+                        path = _partial(paths_beside(job, cache, name, key)[part])
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        files[name, part] = np.lib.format.open_memmap(
+                            path, mode="w+", dtype=found.dtype, shape=(count, *found.shape[1:])
+                        )
+                    files[name, part][first : first + there] = found[:there]
             bar.advance(there)
-    if jax.process_index() == 0:
-        for key, path in paths.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial_ = path.with_name(f".{path.stem}.tmp.npy")
-            np.save(partial_, arrays.get(key, np.zeros((0, length), np.float32)))
-            partial_.replace(path)
+    for (name, part), file in files.items():
+        file.flush()
+        path = paths_beside(job, cache, name, key)[part]
+        _partial(path).replace(path)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices("reference")
+        multihost_utils.sync_global_devices("beside")
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.tmp.npy")

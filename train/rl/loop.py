@@ -1,4 +1,4 @@
-"""The steps of reinforcement learning, with what the loop of any training does besides: log, validate, save, stop."""
+"""Steps of learning from replies that the model draws, with what any training does besides: log, validate, save."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from train.loop import Pending, Recorder, save
+from train.rl.distiller import Distiller
 from train.rl.learner import Learner
 from train.setup import Job
 from train.signals import StopRequest
@@ -20,10 +21,11 @@ SAMPLES = "samples.jsonl"
 
 def run_steps(job: Job, state: TrainState, start: int, recorder: Recorder, stop: StopRequest) -> int:
     """The steps from `start` on; returns the number of steps done."""
-    run, learner = job.run, Learner(job, state)
+    run = job.run
+    learner = Distiller(job, state) if run.objective == "distill" else Learner(job, state)
     if not start and run.validate_every:
         with recorder.clock.pause():
-            validate(learner, 0, job.out, recorder)
+            validate(learner, state, 0, job.out, recorder)
     done, asked = start, stop.agreed(start)
     while done < run.steps and not asked:
         done += 1
@@ -33,21 +35,22 @@ def run_steps(job: Job, state: TrainState, start: int, recorder: Recorder, stop:
         more: dict[str, float] = {}
         if last or (run.validate_every and done % run.validate_every == 0):
             with recorder.clock.pause():
-                more = validate(learner, done, job.out, recorder)
+                more = validate(learner, state, done, job.out, recorder)
         asked = stop.agreed(done)
         if last or asked or done % run.checkpoint.every == 0:
             recorder.flush()
             with recorder.clock.pause():
                 # The best checkpoint is the one with the least of this.
-                save(job, state, done, -more["validation_reward"] if "validation_reward" in more else None)
+                reward = more.get("validation_reward")
+                save(job, state, done, more.get("validation_loss", None if reward is None else -reward))
         job.checkpoints.check()
     recorder.flush()
     return done
 
 
-def validate(learner: Learner, step: int, out: Path, recorder: Recorder) -> dict[str, float]:
+def validate(learner: Learner, state: TrainState, step: int, out: Path, recorder: Recorder) -> dict[str, float]:
     """Answers held-out problems; writes some of the answers down."""
-    found, shown = learner.validate()
+    found, shown = learner.validate(state)
     if recorder.pending is not None:
         recorder.pending.more |= found
     elif found:
