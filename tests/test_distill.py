@@ -28,6 +28,7 @@ from configs.run import LossConfig
 from model.load import load_model
 from model.transformer import Transformer
 from model.tree import Skeleton
+from serve.api.app import Settings
 from serve.engine import Engine
 from sharding.mesh import MeshConfig, make_mesh
 from sharding.rules import batch_sharding
@@ -203,13 +204,14 @@ def teacher(config: Path) -> Path:
 def served(teacher: Path) -> Iterator[Served]:
     """The teacher behind an address."""
     own, tokenizer = load_model(teacher)
-    with serving(Served(), Engine(own, tokenizer, slots=2), tokenizer=tokenizer) as shared:
+    with serving(Served(Settings()), Engine(own, tokenizer, slots=2), tokenizer=tokenizer) as shared:
         yield shared
 
 
 def train(config: Path, out: Path, teacher: Path | str, *words: str) -> int:
     """Exit code of a distillation on the conversations beside the config, in this process."""
     chats = ("--data.sources", str(config.parent / "chats.jsonl"), "--distill.teacher", str(teacher))
+    chats += ("--rl.tasks", f"jsonl:{config.parent / 'words.jsonl'}?grader=chrf")
     return qmax.main(["train", str(config), "--out", str(out), "--objective", "distill", *SMALL, *chats, *words])
 
 
@@ -265,14 +267,13 @@ def test_on_its_own_replies_a_student_comes_closer_to_its_teacher(
     config: Path, teacher: Path, served: Served, tmp_path: Path
 ) -> None:
     """On prompts that it never learns from; and a teacher at an endpoint says the same of the first replies."""
-    task = ("--rl.tasks", f"jsonl:{config.parent / 'words.jsonl'}?grader=chrf", "--steps", "12")
-    assert train(config, tmp_path / "live", teacher, *ON_POLICY, *task, "--distill.top-k", "20") == 0
+    words = (*ON_POLICY, "--distill.top-k", "20")
+    assert train(config, tmp_path / "live", teacher, *words, "--steps", "12") == 0
     found = records(tmp_path / "live")
     held_out = [record["validation_kl"] for record in found if "validation_kl" in record]
     assert held_out[-1] < 0.7 * held_out[0]
     assert "validation_reward" in found[-1] and "reward" not in found[-1] and found[-1]["reply_tokens"] >= 1
-    words = (*ON_POLICY, *task, "--distill.top-k", "20", "--steps", "1")
-    assert train(config, tmp_path / "asked", f"{served.address}/v1", *words) == 0
+    assert train(config, tmp_path / "asked", f"{served.address}/v1", *words, "--steps", "1") == 0
     for one, other in zip(told(tmp_path / "asked"), told(tmp_path / "live"), strict=False):
         assert other | one == pytest.approx(other, rel=2e-3, abs=1e-4)
 
@@ -287,8 +288,8 @@ def test_on_its_own_replies_a_student_comes_closer_to_its_teacher(
         (("--distill.teacher", "http://x/v1", "--distill.top-k", "21"), "from 1 to 20"),
         (("--distill.teacher", "http://x/v1", "--distill.top-k", "2", "--distill.temperature", "2"), "temperature"),
         (("--distill.top-k", "9999"), "distill.top_k=9999"),
-        (("--distill.on-policy", "true"), "rl.tasks"),
-        (("--distill.on-policy", "true", "--rl.tasks", "arithmetic", "--rl.kl", "1"), "rl.kl"),
+        (("--distill.on-policy", "true", "--rl.tasks="), "rl.tasks"),
+        (("--distill.on-policy", "true", "--rl.kl", "1"), "rl.kl"),
         (("--distill.on-policy", "true", "--distill.mix", "1"), "distill.mix"),
         (("--distill.temperature", "0"), "distill.temperature"),
         (("--model.vocab-size", "300"), "rows of vocabulary"),
@@ -309,7 +310,7 @@ def test_a_teacher_with_other_tokens_is_refused(
     words = ("--data.tokenizer", str(Path("configs/demo_data/tiny_tokenizer").resolve()))
     assert train(config, tmp_path / "run", teacher, *words) == 2
     assert "another tokenizer" in capsys.readouterr().err
-    with serving(Served()) as shared:
+    with serving(Served(Settings())) as shared:
         assert train(config, tmp_path / "run", f"{shared.address}/v1", "--distill.top-k", "5") == 2
     assert "another tokenizer" in capsys.readouterr().err
 

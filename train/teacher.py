@@ -132,7 +132,8 @@ class EndpointTeacher:
     def __init__(self, run: Run, tokenizer: Tokenizer, client: httpx.Client | None = None):
         self._top_k, self._vocab = run.distill.top_k, run.model.vocab_size
         self._endpoint = Endpoint(run.distill.teacher, "teacher", client=client)
-        (found,) = self._until(lambda: [self._echo(PROBE)["tokens"]])
+        with self._endpoint:
+            found = self._until(lambda: self._echo(PROBE)["tokens"])
         ids, own = [self._id(word) for word in found], tokenizer.encode(PROBE)
         if ids[-len(own) :] != own:  # some begin every text with a token
             raise UserError(
@@ -155,7 +156,7 @@ class EndpointTeacher:
             numbers = np.unique(segments[(segments > 0) & (rows["weights"][row] > 0)])
             places += [(row, np.flatnonzero(segments == number)) for number in numbers]
         texts = [[*rows["tokens"][row, at].tolist(), int(rows["targets"][row, at[-1]])] for row, at in places]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        with self._endpoint, ThreadPoolExecutor(AT_ONCE) as pool:
             answers = list(pool.map(self._score, texts))
         for (row, at), (own_ids, own_said) in zip(places, answers, strict=True):
             ids[row, at], said[row, at] = own_ids, own_said

@@ -116,7 +116,8 @@ class JudgeReward:
         return self._endpoint.failures
 
     def __call__(self, asked: Sequence[Asked], samples: Sequence[Sample]) -> list[float | None]:
-        return [self._ask(one.problem, sample) for one, sample in zip(asked, samples, strict=True)]
+        with self._endpoint:
+            return [self._ask(one.problem, sample) for one, sample in zip(asked, samples, strict=True)]
 
     def _ask(self, problem: Problem, sample: Sample) -> float | None:
         tries = JUDGE_TRIES if self._config.judge_down == "skip" else 0
