@@ -271,7 +271,7 @@ def test_on_its_own_replies_a_student_comes_closer_to_its_teacher(
     assert train(config, tmp_path / "live", teacher, *words, "--steps", "12") == 0
     found = records(tmp_path / "live")
     held_out = [record["validation_kl"] for record in found if "validation_kl" in record]
-    assert held_out[-1] < 0.7 * held_out[0]
+    assert held_out[-1] < 0.85 * held_out[0]
     assert "validation_reward" in found[-1] and "reward" not in found[-1] and found[-1]["reply_tokens"] >= 1
     assert train(config, tmp_path / "asked", f"{served.address}/v1", *words, "--steps", "1") == 0
     for one, other in zip(told(tmp_path / "asked"), told(tmp_path / "live"), strict=False):
@@ -333,7 +333,7 @@ def test_an_endpoint_is_asked_until_it_answers_and_what_it_refuses_is_told(
             return httpx.Response(statuses.pop(0))
         asked = json.loads(request.content)
         ids = tokenizer.encode(PROBE) if asked["prompt"] == PROBE else asked["prompt"]
-        tops = [None, *({f"{prefix}7": -1.0, f"{prefix}9": -2.0, f"{prefix}{own}": -3.0} for own in ids[1:])]
+        tops = [None, *({f"{prefix}{own}": -3.0, f"{prefix}7": -1.0, f"{prefix}9": -2.0} for own in ids[1:])]
         said = {"tokens": [f"{prefix}{one}" for one in ids], "token_logprobs": [None] + [-3.0] * (len(ids) - 1)}
         return httpx.Response(200, json={"choices": [{"logprobs": {**said, "top_logprobs": tops}}]})
 
