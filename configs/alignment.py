@@ -157,11 +157,6 @@ class DistillConfig:
         """Whether the teacher is asked over the network."""
         return self.teacher.startswith(("http://", "https://"))
 
-    @property
-    def kept(self) -> bool:
-        """Whether what the teacher says of the rows is kept on disk before training."""
-        return bool(self.top_k) and not self.at_endpoint and not self.on_policy
-
     def __post_init__(self) -> None:
         check_range(self, "distill.", 0, "top_k", "mix")
         if not self.temperature > 0:

@@ -83,6 +83,8 @@ class ModelTeacher:
                 f"{config.vocab_size} rows of the teacher's vocabulary do not divide over mesh.tensor={run.mesh.tensor}"
             )
         self._run, self._model = run, None
+        # Of replies that are yet to be drawn nothing can be kept.
+        self._keeps = run.distill.top_k > 0 and not run.distill.on_policy
 
     def model(self, mesh: jax.sharding.Mesh) -> Transformer:
         """Its weights on the mesh, in the type of the student's activations; read once."""
@@ -92,7 +94,7 @@ class ModelTeacher:
 
     def live(self, mesh: jax.sharding.Mesh) -> Transformer | None:
         """The model that a step needs; None where what it says is kept beside the rows."""
-        return None if self._run.distill.kept else self.model(mesh)
+        return None if self._keeps else self.model(mesh)
 
     def tell(self, rows: Rows) -> Rows:
         """`rows` as they are: the model says what it has to in the step."""
@@ -101,7 +103,7 @@ class ModelTeacher:
     def prepare(self, job: Job) -> None:
         """Gives all rows of the run what the teacher says of them, where that is to be kept."""
         config = self._run.distill
-        if not config.kept:
+        if not self._keeps:
             return
         key = f"{fingerprint(config.teacher)} {config.top_k} {config.temperature}"
         arrays = {name: paths_beside(job, job.cache, name, key) for name in (IDS, SAID)}
