@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from configs.checks import check_range
@@ -113,8 +113,7 @@ class RLConfig:
     """Held-out problems that are answered, greedily, at each validation."""
 
     def __post_init__(self) -> None:
-        check_range(self, "rl.", 1, "prompts", "max_new_tokens", "updates", "turns", "slots")
-        check_range(self, "rl.", 2, "samples")
+        check_range(self, "rl.", 1, "prompts", "samples", "max_new_tokens", "updates", "turns", "slots")
         check_range(self, "rl.", 0, "clip_low", "clip_high", "kl", "resample", "truncate", "validation_problems")
         if not self.temperature > 0:
             raise UserError(
@@ -130,3 +129,75 @@ class RLConfig:
             raise UserError(
                 f"rl.truncate compares probabilities as drawn: it goes with rl.temperature=1, not {self.temperature}"
             )
+
+
+MOST_FROM_ENDPOINT = 20
+"""Alternatives of a token that an endpoint gives at most."""
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Learning from what a teacher says of every token (Qwen3, arXiv 2505.09388, section 4.5; GKD, 2306.13649)."""
+
+    teacher: str = ""
+    """Who teaches: a MODEL, or http(s)://HOST/v1, an endpoint that gives log-probabilities of prompts (at most 20)."""
+    on_policy: bool = False
+    """Learn from replies that the student draws to the prompts of `rl.tasks`, not from the rows of data.sources."""
+    top_k: int = 0
+    """The teacher's likeliest tokens that are compared, all others taken as one; 0: the whole vocabulary."""
+    direction: Literal["forward", "reverse"] = "forward"
+    """forward: KL(teacher || student), which covers all that the teacher says; reverse: KL(student || teacher)."""
+    temperature: float = 1.0
+    """Both distributions are softened by this, and the loss multiplied by its square (arXiv 1503.02531)."""
+    mix: float = 0.0
+    """Weight of the next-token loss on the same rows, beside the divergence."""
+
+    @property
+    def at_endpoint(self) -> bool:
+        """Whether the teacher is asked over the network."""
+        return self.teacher.startswith(("http://", "https://"))
+
+    def __post_init__(self) -> None:
+        check_range(self, "distill.", 0, "top_k", "mix")
+        if not self.temperature > 0:
+            raise UserError(f"distill.temperature={self.temperature} must be positive")
+        if self.on_policy and self.mix:
+            raise UserError(
+                "distill.mix learns the next token of the rows, and with distill.on_policy the student wrote these "
+                "itself; set distill.mix 0"
+            )
+        if self.at_endpoint and not 1 <= self.top_k <= MOST_FROM_ENDPOINT:
+            raise UserError(
+                f"distill.top_k={self.top_k} does not go with the endpoint {self.teacher}, which gives from 1 to "
+                f"{MOST_FROM_ENDPOINT} tokens; choose a number among these, or a MODEL as distill.teacher"
+            )
+        if self.at_endpoint and self.temperature != 1:
+            raise UserError(
+                f"distill.temperature={self.temperature} needs all logits of the teacher, which no endpoint gives; "
+                "leave it at 1, or choose a MODEL as distill.teacher"
+            )
+
+
+REWARDED = (
+    "kl", "kl_estimator", "reference_model", "resample", "truncate", "replay", "drop_cut", "ratio", "mean", "baseline",
+    "normalize", "clip_low", "clip_high",
+)  # fmt: skip
+"""Fields of RLConfig about learning from rewards, which nothing reads where replies are drawn for a teacher."""
+
+
+def check_distillation(distill: DistillConfig, rl: RLConfig) -> None:
+    """Refuses what cannot be distilled. UserError with the field to mend."""
+    if not distill.teacher:
+        raise UserError("objective=distill learns from a teacher; name a MODEL or an endpoint with distill.teacher")
+    if not distill.on_policy:
+        return
+    if not rl.tasks:
+        raise UserError(
+            "distill.on_policy draws replies to prompts of tasks; name some with rl.tasks, such as arithmetic?digits=1"
+        )
+    plain, names = RLConfig(), [one.name for one in fields(rl) if one.name in REWARDED]
+    changed = [name for name in names if getattr(rl, name) != getattr(plain, name)]
+    if changed:
+        raise UserError(
+            f"rl.{changed[0]} is about learning from rewards, and objective=distill learns from a teacher; leave it out"
+        )

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from configs.alignment import PreferenceConfig, RLConfig
+from configs.alignment import DistillConfig, PreferenceConfig, RLConfig, check_distillation
 from configs.checks import check_range
 from errors import UserError
 from model.config import ModelConfig
@@ -170,12 +170,14 @@ class Run:
     """Learning from preferences."""
     rl: RLConfig = field(default_factory=RLConfig)
     """Reinforcement learning."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """Learning from a teacher."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Devices along each axis."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving."""
-    objective: Literal["pretrain", "sft", "dpo", "reward", "kto", "rl"] = "pretrain"
-    """pretrain: raw text; sft: assistant's turns; dpo, reward: pairs of replies; kto: judged replies; rl: tasks."""
+    objective: Literal["pretrain", "sft", "dpo", "reward", "kto", "rl", "distill"] = "pretrain"
+    """pretrain: text; sft: assistant's turns; dpo, reward: pairs; kto: judgements; rl: tasks; distill: a teacher."""
     init_from: str = ""
     """A MODEL whose weights to start from: a run, a Hugging Face directory, a .gguf or a llama2.c file."""
     init_model: Literal["config", "source"] = "config"
@@ -222,7 +224,12 @@ class Run:
     @property
     def optimizer_steps(self) -> int:
         """Updates of the weights in all steps."""
-        return self.steps * (self.rl.updates if self.objective == "rl" else 1)
+        return self.steps * (self.rl.updates if self.draws else 1)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the run learns from replies that the model draws itself to prompts of tasks."""
+        return self.objective == "rl" or (self.objective == "distill" and self.distill.on_policy)
 
     def __post_init__(self) -> None:
         check_range(self, "", 1, "steps", "accumulate", "log_every", "max_bad_steps", "sample_tokens")
@@ -259,16 +266,20 @@ def check_objective(run: Run) -> None:
     if run.samples and run.objective in ("reward", "rl"):
         other = "gives numbers, not text" if run.objective == "reward" else "writes its own: rl.validation_problems"
         raise UserError(f"samples={run.samples} asks for replies while training, and objective={run.objective} {other}")
+    if run.objective == "distill":
+        check_distillation(run.distill, run.rl)
     if run.objective == "rl":
         if not run.rl.tasks:
             raise UserError("objective=rl learns from tasks; name some with rl.tasks, such as arithmetic?digits=1")
-        if run.data.sequence_length <= run.rl.max_new_tokens:
-            raise UserError(
-                f"data.sequence_length={run.data.sequence_length} leaves no room for a prompt before "
-                f"rl.max_new_tokens={run.rl.max_new_tokens}"
-            )
+        if run.rl.samples < 2:
+            raise UserError(f"rl.samples={run.rl.samples} leaves a reply nothing to be compared with; take 2 or more")
         if run.rl.replay and not (run.model.moe.num_experts or run.init_model == "source"):
             raise UserError("rl.replay sends tokens to the experts that they went to, and this model has none")
+    if run.draws and run.data.sequence_length <= run.rl.max_new_tokens:
+        raise UserError(
+            f"data.sequence_length={run.data.sequence_length} leaves no room for a prompt before "
+            f"rl.max_new_tokens={run.rl.max_new_tokens}"
+        )
 
 
 def check_rows(run: Run) -> None:
@@ -278,8 +289,8 @@ def check_rows(run: Run) -> None:
             f"data.too_long={run.data.too_long} is about conversations; objective=pretrain goes on in the next row "
             "where a document is longer than one"
         )
-    if run.data.train_on != "assistant" and run.objective != "sft":
-        raise UserError(f"data.train_on={run.data.train_on} goes with objective=sft, not {run.objective}")
+    if run.data.train_on != "assistant" and run.objective not in ("sft", "distill"):
+        raise UserError(f"data.train_on={run.data.train_on} goes with objective=sft or distill, not {run.objective}")
 
 
 def check_start(run: Run) -> None:

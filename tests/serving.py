@@ -62,13 +62,17 @@ def tiny_engine(tokenizer: Tokenizer, slots: int = 4, *, deterministic: bool = F
 
 @contextmanager
 def serving(
-    shared: Served, engine: Engine | None = None, queue: int = 64, models: Mapping[str, Defaults] | None = None
+    shared: Served,
+    engine: Engine | None = None,
+    queue: int = 64,
+    models: Mapping[str, Defaults] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Iterator[Served]:
     """The server while the block runs; its replies are the most likely tokens unless a request says otherwise.
 
-    models: names that the one model is served under, with defaults of each.
+    models: names that the one model is served under, with defaults of each. tokenizer: of `engine`.
     """
-    tokenizer = tiny_tokenizer()
+    tokenizer = tokenizer or tiny_tokenizer()
     models = models or {"tiny": Defaults(temperature=0.0)}
     engine = engine or tiny_engine(tokenizer)
 

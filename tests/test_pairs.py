@@ -292,10 +292,10 @@ def test_a_reference_made_in_order_comes_with_every_row(place: Path, tmp_path: P
     paths = {key: tmp_path / f"{key}.npy" for key in columns}
     again = opened(place, "dpo", workers=1)
     with pytest.raises(UserError, match="no reference for the rows"):
-        again.attach_reference(paths)
+        again.attach("reference", paths)
     for key, column in columns.items():
         np.save(paths[key], column)
-    again.attach_reference(paths)
+    again.attach("reference", paths)
     batches = [*take(again, 3), *again.validation_batches()]
     for batch, plain in zip(batches, [*take(data, 3), *data.validation_batches()], strict=True):
         reference = batch.pop("reference")
@@ -307,7 +307,7 @@ def test_a_reference_made_in_order_comes_with_every_row(place: Path, tmp_path: P
     assert len(pickle.dumps(part)) < 10_000
     np.save(paths[part.key], np.zeros((1, 2), np.float32))
     with pytest.raises(UserError, match=r"has shape \(1, 2\)"):
-        data.attach_reference(paths)
+        data.attach("reference", paths)
 
 
 def test_keys_of_parts_are_stable_and_tell_policies_apart(place: Path) -> None:

@@ -22,15 +22,35 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 PAIRS = {
-    "loss": 0.7, "accuracy": 0.5, "chosen_reward": 0.1, "rejected_reward": -0.2, "reward_margin": 0.3,
-    "validation_accuracy": 0.75, "validation_chosen_reward": 0.05, "validation_reward_margin": 0.15,
+    "loss": 0.7,
+    "accuracy": 0.5,
+    "chosen_reward": 0.1,
+    "rejected_reward": -0.2,
+    "reward_margin": 0.3,
+    "validation_accuracy": 0.75,
+    "validation_chosen_reward": 0.05,
+    "validation_reward_margin": 0.15,
 }
 REPLIES = {
-    "loss": 0.0, "reward": 0.4, "reward_deviation": 0.5, "reply_tokens": 3.5, "entropy": 0.3, "clip_fraction": 0.0,
-    "ratio_max": 1.5, "logprob_gap": 1e-7, "logprob_gap_max": 1e-4, "equal_groups": 0.25, "cut_replies": 0.5,
-    "seconds_rollout": 0.5, "seconds_scoring": 1e-5, "seconds_update": 2.0, "seconds_handover": 0.02,
-    "reward_histogram": [3, 0, 0, 0, 0, 0, 0, 0, 0, 1], "reward_range": [0.0, 1.0],
-    "length_histogram": [0, 0, 2, 2, 0, 0, 0, 0, 0, 0], "validation_reward": 0.6,
+    "loss": 0.0,
+    "reward": 0.4,
+    "reward_deviation": 0.5,
+    "reply_tokens": 3.5,
+    "entropy": 0.3,
+    "clip_fraction": 0.0,
+    "ratio_max": 1.5,
+    "logprob_gap": 1e-7,
+    "logprob_gap_max": 1e-4,
+    "equal_groups": 0.25,
+    "cut_replies": 0.5,
+    "seconds_rollout": 0.5,
+    "seconds_scoring": 1e-5,
+    "seconds_update": 2.0,
+    "seconds_handover": 0.02,
+    "reward_histogram": [3, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+    "reward_range": [0.0, 1.0],
+    "length_histogram": [0, 0, 2, 2, 0, 0, 0, 0, 0, 0],
+    "validation_reward": 0.6,
 }
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from sharding.mesh import platform
 
@@ -25,3 +29,13 @@ def chunk_length(batch: int, length: int, vocab: int) -> int:
     wanted = min(max(SMALL_CHUNK, batch * length * vocab // devices // share), largest) * devices
     most = max(1, wanted // (batch * vocab))
     return max(size for size in range(1, min(most, length) + 1) if length % size == 0)
+
+
+def in_chunks(function: Callable[[Any], Any], arrays: Any, size: int) -> Any:
+    """`function` of a tree of arrays `[B, T, ...]`, `size` positions at a time; its results are such arrays too."""
+    batch, length = jax.tree.leaves(arrays)[0].shape[:2]
+    if size == length:
+        return function(arrays)
+    split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(batch, -1, size, *a.shape[2:]), 1, 0), arrays)
+    found = jax.lax.map(function, split)
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(batch, length, *a.shape[3:]), found)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from model.forward import unembed
 from model.transformer import Transformer
 from sharding.rules import constrain
-from train.chunks import chunk_length
+from train.chunks import chunk_length, in_chunks
 
 
 @struct.dataclass
@@ -37,7 +37,8 @@ def score_targets(
     size = chunk_length(batch, length, model.config.vocab_size)
 
     @jax.checkpoint
-    def chunk(hidden_BtD: Array, targets_Bt: Array) -> TokenScores:
+    def chunk(part: tuple[Array, Array]) -> TokenScores:
+        hidden_BtD, targets_Bt = part
         logits = constrain(unembed(model, hidden_BtD), "batch", "length", "vocab")
         is_target = jnp.arange(logits.shape[-1]) == targets_Bt[..., None]
         # A sum over all rather than a look-up: where the vocabulary is cut over devices, each has its own part of it.
@@ -49,8 +50,4 @@ def score_targets(
         mean = jnp.sum(jax.nn.softmax(warm, axis=-1) * warm, axis=-1)
         return TokenScores(logprob, tempered, jax.lax.stop_gradient(log_z - mean))
 
-    if size == length:
-        return chunk(hidden_BTD, targets_BT)
-    split = [jnp.moveaxis(a.reshape(batch, -1, size, *a.shape[2:]), 1, 0) for a in (hidden_BTD, targets_BT)]
-    found = jax.lax.map(lambda part: chunk(*part), tuple(split))
-    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(batch, length), found)
+    return in_chunks(chunk, (hidden_BTD, targets_BT), size)

@@ -95,8 +95,11 @@ class Recorder:
             )
 
 
-def with_reference(reference: Reference | None, state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """A batch with what the reference says of it, where that is not kept beside the rows."""
+def place(
+    job: Job, reference: Reference | None, state: TrainState, rows: dict[str, np.ndarray]
+) -> dict[str, jax.Array]:
+    """A batch with what teacher and reference say of it, where that is not kept beside the rows."""
+    batch = job.place(job.teacher.tell(rows) if job.teacher is not None else rows)
     return batch if reference is None else {**batch, "reference": reference(state, batch)}
 
 
@@ -114,7 +117,7 @@ def held_out_loss(
     """What one set of held-out rows gives, its bits per byte under a name with `prefix`."""
     count, sums = job.run.validation_batches, dict[str, float]()
     for rows in job.data.validation_batches(count, *batch_share(job.mesh), which):
-        batch = with_reference(reference, state, job.place(rows))
+        batch = place(job, reference, state, rows)
         for name, value in jax.device_get(step(state, batch)).items():
             sums[name] = sums.get(name, 0.0) + float(value)
     weight = sums.pop("weight", 0.0)
@@ -122,7 +125,7 @@ def held_out_loss(
         return {}
     found = {f"{which}_{name}": value / weight for name, value in sums.items()}
     if source_bytes := job.data.validation_bytes(count, which):
-        found[f"{prefix}bits_per_byte"] = sums["loss"] / math.log(2) / source_bytes
+        found[f"{prefix}bits_per_byte"] = sums.get("nll", sums["loss"]) / math.log(2) / source_bytes
     return found
 
 
@@ -156,7 +159,7 @@ def train(job: Job, *, resume: bool) -> dict[str, Any]:
 
 def steps_of(run: Run) -> Callable[[Job, TrainState, int, Recorder, StopRequest], int]:
     """What makes the steps of a run."""
-    if run.objective != "rl":
+    if not run.draws:
         return run_steps
     from train.rl import loop
 
@@ -166,8 +169,10 @@ def steps_of(run: Run) -> Callable[[Job, TrainState, int, Recorder, StopRequest]
 def run_steps(job: Job, state: TrainState, start: int, recorder: Recorder, stop: StopRequest) -> int:
     """The steps from `start` on; returns the number of steps done."""
     run = job.run
-    step_function, validation = job.compiled_step(), job.compiled_validation()
     reference = score_rows(job, state, job.cache)
+    if job.teacher is not None:
+        job.teacher.prepare(job)
+    step_function, validation = job.compiled_step(), job.compiled_validation()
     if not start and run.validate_every and run.objective in PREFERENCES:
         recorder.begin(validate(job, validation, state, reference))
     sampler = Sampler(job) if run.samples else None
@@ -176,7 +181,7 @@ def run_steps(job: Job, state: TrainState, start: int, recorder: Recorder, stop:
     while done < run.steps and not asked:
         done += 1
         rows = next(batches)
-        batch = with_reference(reference, state, job.place(rows))
+        batch = place(job, reference, state, rows)
         with jax.transfer_guard("disallow"):
             state, metrics = step_function(state, batch)
         recorder.push(Pending(done, metrics, {}))

@@ -5,29 +5,25 @@ rows of data, in order --forward of the reference--> one .npy [rows, T] for each
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from configs.run import Run, check_divides
 from errors import UserError
-from model.load import check_language_model, layout, open_model
+from model.load import Source, check_language_model, layout, open_model
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from model.tree import Arrays, Skeleton, make_skeleton
-from sharding.rules import TRAIN, batch_share
-from terminal import progress_bar
+from sharding.rules import TRAIN
+from train.beside import is_beside, paths_beside, write_beside
 from train.data.order import derive
-from train.data.system import commit, explain_disk
 from train.handover import Rows, logprobs_of
 from train.state import TrainState, compute_dtype
 
@@ -99,18 +95,23 @@ class Reference:
             return
         name = reference_path(run, path, field)
         source = open_model(name)
-        form = make_skeleton(source.config, stacked=False, dtype=compute_dtype(run))
-        # Rows that do not divide over the mesh are whole.
-        table = dict(TRAIN) | ({"vocab": None} if source.config.vocab_size % run.mesh.tensor else {})
-        found = source.weights(layout(form, mesh, table), compute_dtype(run))
-        weights = {own: leaf for own, leaf in found.items() if own in form.weights}
-        self._model = form.merge(weights, {own: leaf for own, leaf in found.items() if own not in form.weights})
+        self._model = read_frozen(source, mesh, compute_dtype(run))
         self._score = jax.jit(lambda model, rows: logprobs_of(model, rows)[0], out_shardings=everywhere)
 
     def __call__(self, state: TrainState, rows: Rows) -> Array:
         """float32 `[B, T]`, on all devices."""
         rows = {name: rows[name] for name in ("tokens", "positions", "segments", "targets")}
         return self._score(self._model if self._model is not None else (state.params, state.extra), rows)
+
+
+def read_frozen(source: Source, mesh: jax.sharding.Mesh, dtype: Any) -> Transformer:
+    """A model that is not trained, laid out as the one that is, with weights of `dtype`."""
+    form = make_skeleton(source.config, stacked=False, dtype=dtype)
+    # Rows that do not divide over the mesh are whole.
+    table = dict(TRAIN) | ({"vocab": None} if source.config.vocab_size % mesh.shape["tensor"] else {})
+    found = source.weights(layout(form, mesh, table), dtype)
+    weights = {own: leaf for own, leaf in found.items() if own in form.weights}
+    return form.merge(weights, {own: leaf for own, leaf in found.items() if own not in form.weights})
 
 
 def _without_adapters(skeleton: Skeleton, arrays: tuple[Arrays, Arrays], rows: Rows) -> Array:
@@ -139,13 +140,11 @@ def fingerprint(name: str) -> str:
     return f"{derive(repr(stats), config.read_text() if config.is_file() else ''):016x}"
 
 
-def reference_files(job: Job, cache: Path) -> dict[str, Path]:
-    """Where what the reference says of each part of the rows is kept: another place for all that changes it."""
-    run = job.run
+def reference_key(run: Run) -> str:
+    """Stands for all that changes what the reference says of a row."""
     name = reference_path(run, run.preference.reference_model, FIELD)
     own = run.lora.base if run.lora.rank and not run.preference.reference_model else "same"
-    of = fingerprint(name), compute_dtype(run).name, own
-    return {key: cache / "reference" / f"{derive(key, *of):016x}.npy" for key in job.data.parts}
+    return f"{fingerprint(name)} {compute_dtype(run).name} {own}"
 
 
 def score_rows(job: Job, state: TrainState, cache: Path) -> Reference | None:
@@ -158,44 +157,10 @@ def score_rows(job: Job, state: TrainState, cache: Path) -> Reference | None:
         return None
     if config.reference == "live":
         return Reference(run, job.skeleton, job.mesh, config.reference_model, FIELD)
-    paths = reference_files(job, cache)
-    there = all(path.exists() for path in paths.values())
-    if (
-        jax.process_count() > 1
-    ):  # a disk may show one process what another does not see yet: the first one's word counts
-        there = bool(multihost_utils.broadcast_one_to_all(np.array(there)))
-    if not there:
+    key = reference_key(run)
+    if not is_beside(job, cache, ("reference",), key):
         reference = Reference(run, job.skeleton, job.mesh, config.reference_model, FIELD)
-        with explain_disk(cache, "free some and run again"):
-            _write(job, reference, state, paths)
-    job.data.attach_reference(paths)
+        said = "log-probabilities of the reference"
+        write_beside(job, cache, key, said, lambda batch: {"reference": reference(state, batch)})
+    job.data.attach("reference", paths_beside(job, cache, "reference", key))
     return None
-
-
-def _write(job: Job, reference: Reference, state: TrainState, paths: dict[str, Path]) -> None:
-    """The files of all parts; each is there whole or not at all."""
-    length, size = job.run.data.sequence_length, job.run.data.batch_size
-    rows, first_process = sum(map(len, job.data.parts.values())), jax.process_index() == 0
-    files: dict[str, np.ndarray] = {}
-    names = {key: path.with_name(f".{path.stem}-{os.getpid()}.tmp") for key, path in paths.items()}
-    try:
-        with progress_bar("log-probabilities of the reference", rows, unit="rows") as bar:
-            for key, first, batch in job.data.rows_in_order(size, *batch_share(job.mesh)):
-                found = np.asarray(reference(state, job.place(batch)))
-                count = len(job.data.parts[key])
-                there = min(size, count - first)
-                if first_process:
-                    if key not in files:
-                        paths[key].parent.mkdir(parents=True, exist_ok=True)
-                        shape = (count, length)
-                        files[key] = np.lib.format.open_memmap(names[key], "w+", dtype=np.float32, shape=shape)
-                    files[key][first : first + there] = found[:there]
-                bar.advance(there)
-        for key, array in files.items():
-            array.flush()  # pyright: ignore[reportAttributeAccessIssue]
-            commit(names[key], paths[key])
-    finally:
-        for name in names.values():
-            name.unlink(missing_ok=True)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("reference")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from sharding.rules import batch_sharding, batch_share
 from train.data.loader import DataSets, open_data
 from train.data.sources import expand
 from train.data.system import explain_disk
+from train.distillation import distill_loss
 from train.losses import Parts, Totals, next_token
 from train.optimizer import make_optimizer
 from train.origin import NewRows, Origin
@@ -46,7 +48,8 @@ from train.state import (
     make_skeleton,
     unflatten,
 )
-from train.step import make_train_step, make_validation_step
+from train.step import Loss, make_train_step, make_validation_step
+from train.teacher import Teacher, open_teacher
 
 SHARED_SECONDS = 60.0
 """How long a network disk may take to show one host what another wrote."""
@@ -158,6 +161,8 @@ class Job:
     """Where what is made of the data is kept."""
     new_rows: NewRows
     """What the rows of tokens begin as that the origin has not."""
+    teacher: Teacher | None = None
+    """Who teaches, where the objective is to distill."""
 
     def place(self, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This host's rows as part of the global batch, on the devices, each of which takes its part of them."""
@@ -170,27 +175,46 @@ class Job:
         return {name: one(value) for name, value in rows.items()}
 
     def loss(
-        self, model: Transformer, rows: dict[str, jax.Array], sums: Totals, before: Parts
+        self,
+        model: Transformer,
+        rows: dict[str, jax.Array],
+        sums: Totals,
+        before: Parts,
+        teacher: Transformer | None = None,
     ) -> tuple[jax.Array, Parts]:
         """The loss of one micro-batch, with this run's weights of its parts."""
         run = self.run
+        if run.objective == "distill":
+            return distill_loss(model, rows, sums, before, run.distill, run.loss, teacher)
         if run.objective == "rl":
             return policy_loss(model, rows, sums, before, run.rl, run.loss)
         if run.objective in PREFERENCES:
             return preference_loss(model, rows, sums, before, run.preference, run.loss, run.objective)
         return next_token(model, rows, sums, before, self.run.loss)
 
-    def compiled_step(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    def compiled_step(self) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
         """The train step, compiled at its first call; the state that it is given is used up."""
-        step = make_train_step(self.run, self.skeleton, self.loss, self.optimizer)
         layout = jax.tree.map(lambda a: a.sharding, self.abstract)
         # What is read on the host is whole on every process.
-        return jax.jit(step, donate_argnums=0, out_shardings=(layout, NamedSharding(self.mesh, P())))
+        shardings = layout, NamedSharding(self.mesh, P())
+        return self._compiled(lambda loss: make_train_step(self.run, self.skeleton, loss, self.optimizer), shardings, 0)
 
-    def compiled_validation(self) -> Callable[..., jax.Array]:
+    def compiled_validation(self) -> Callable[[TrainState, Any], dict[str, jax.Array]]:
         """The validation step, compiled at its first call."""
-        step = make_validation_step(self.run, self.skeleton, self.loss)
-        return jax.jit(step, out_shardings=NamedSharding(self.mesh, P()))
+        everywhere = NamedSharding(self.mesh, P())
+        return self._compiled(lambda loss: make_validation_step(self.run, self.skeleton, loss), everywhere)
+
+    def _compiled(
+        self, make: Callable[[Loss], Callable[..., Any]], shardings: Any, *donated: int
+    ) -> Callable[..., Any]:
+        """The step that `make` makes of the loss. The weights of a teacher in memory are an argument of the program."""
+        teacher = self.teacher.live(self.mesh) if self.teacher is not None else None
+
+        def step(state: TrainState, batch: Any, teacher: Transformer | None) -> Any:
+            return make(partial(self.loss, teacher=teacher))(state, batch)
+
+        compiled = jax.jit(step, donate_argnums=donated, out_shardings=shardings)
+        return lambda state, batch: compiled(state, batch, teacher)
 
     def restore(self, step: int) -> TrainState:
         """The state of a checkpoint, laid out on this run's mesh."""
@@ -241,6 +265,7 @@ def prepare_job(run: Run, out: Path, checkpoints: Checkpoints, start: int | None
     run = resolve(run, tokenizer, starting_model(run, checkpoints, start, origin))
     different = origin.check(run) if origin else []
     check_reference(run, tokenizer)
+    teacher = open_teacher(run, tokenizer)
     mesh = make_mesh(run.mesh)
     skeleton = make_skeleton(run)
     optimizer = make_optimizer(run.optimizer, run.optimizer_steps, skeleton)
@@ -261,7 +286,20 @@ def prepare_job(run: Run, out: Path, checkpoints: Checkpoints, start: int | None
             else:
                 check_shared(out)
     return Job(
-        run, out, tokenizer, data, mesh, skeleton, optimizer, abstract, checkpoints, start, origin, cache, new_rows
+        run,
+        out,
+        tokenizer,
+        data,
+        mesh,
+        skeleton,
+        optimizer,
+        abstract,
+        checkpoints,
+        start,
+        origin,
+        cache,
+        new_rows,
+        teacher,
     )
 
 

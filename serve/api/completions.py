@@ -52,6 +52,7 @@ class Completions:
                 text = ReplyText(service.tokenizer, prompt, body.stops)
                 # Who scores prompts by `echo` and one more token counts on that one, whichever it is.
                 choice = Choice(len(self.choices), text, service.tokenizer, body.logprobs, with_end=True)
+                choice.as_ids = body.return_tokens_as_token_ids
                 self.choices.append(choice)
         self.generates = body.max_tokens is None or body.max_tokens > 0
 

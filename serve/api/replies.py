@@ -29,8 +29,11 @@ class Choice:
     """One of the replies to a body.
 
     logprobs: how many alternatives to give beside each token; None: no log-probabilities at all. with_end: the token
-    that ends the reply has one too, though it has no text.
+    that ends the reply has one too, though it has no text. as_ids: tokens are written as `token_id:` and their number,
+    for text does not tell all of them apart.
     """
+
+    as_ids = False
 
     def __init__(
         self, index: int, text: ReplyText, tokenizer: Tokenizer, logprobs: int | None, *, with_end: bool = False
@@ -70,6 +73,9 @@ class Choice:
     def _word(self, token: int) -> str:
         return self._tokenizer.token_bytes(token).decode("utf-8", "replace")
 
+    def _name(self, token: int) -> str:
+        return f"token_id:{token}" if self.as_ids else self._word(token)
+
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         raw = self._tokenizer.token_bytes(token)
         return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
@@ -102,7 +108,7 @@ class Choice:
         self._offset = start
         tops = [self._top(token, logprob, top) for token, logprob, top in found]
         return {
-            "tokens": [self._word(token) for token, _, _ in found],
+            "tokens": [self._name(token) for token, _, _ in found],
             "token_logprobs": [logprob for _, logprob, _ in found],
             "top_logprobs": tops,
             "text_offset": offsets,
@@ -114,7 +120,7 @@ class Choice:
             return None
         found: dict[str, float] = {}
         for one, value in [*(top or [])[: self.logprobs], (token, logprob)]:
-            found.setdefault(self._word(one), value)
+            found.setdefault(self._name(one), value)
         return found
 
     def _next(self, fresh: bool) -> list[tuple[int, float | None, TopTokens | None]]:

@@ -101,6 +101,7 @@ class CompletionBody(Sampling):
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    return_tokens_as_token_ids: bool = False
 
 
 class ChatBody(Sampling):

@@ -17,7 +17,7 @@ SPELLED = ("pretrain", "sft", "sft-last")
 
 def kind_of_rows(run: Run) -> Kind:
     """The rows that a run reads; dpo and reward read the same."""
-    if run.objective == "sft":
+    if run.objective in ("sft", "distill"):
         return "sft-last" if run.data.train_on == "last" else "sft"
     if run.objective in ("dpo", "reward"):
         return "preference"

@@ -225,15 +225,15 @@ class DataSets:
                 padding = [part.empty()] * (end - first - len(there))
                 yield key, start, stack([*(part[row] for row in there), *padding])
 
-    def attach_reference(self, paths: Mapping[str, Path]) -> None:
-        """Gives every row an array `reference` [T], of the float32 .npy file [rows, T] that stands for its part's key.
+    def attach(self, name: str, paths: Mapping[str, Path]) -> None:
+        """Gives every row an array `name` [T, ...], of the .npy file [rows, T, ...] that stands for its part's key.
 
         For batches that are asked for afterwards. UserError when a file is missing or of another shape.
         """
         weights = self._weights or (1.0,) * len(self._streams)
         read = zip(self._streams, weights, strict=True)
-        self._streams = [rows.attach(paths) if weight > 0 else rows for rows, weight in read]
-        self._held_out = {name: rows.attach(paths) for name, rows in self._held_out.items()}
+        self._streams = [rows.attach(name, paths) if weight > 0 else rows for rows, weight in read]
+        self._held_out = {which: rows.attach(name, paths) for which, rows in self._held_out.items()}
         self.__dict__.pop("parts", None)
 
     def close(self) -> None:
@@ -264,7 +264,7 @@ def open_data(run: Run, tokenizer: Tokenizer, cache_dir: Path) -> DataSets:
     too small to give a row.
     """
     data = run.data
-    if run.objective == "rl":  # its rows come from tasks
+    if run.draws:  # its rows come from tasks
         return DataSets(run, tokenizer, [], (), {VALIDATION: Rows([]), REFERENCE: Rows([])})
     held_out: list[Part] = []
     sources: list[Rows] = []

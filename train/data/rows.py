@@ -6,7 +6,7 @@ import bisect
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from train.data.store import Store
 
 Batch = dict[str, np.ndarray]
 """tokens, targets, positions, segments int32 and weights float32, each [B, T]; `labels` float32 where pairs or judged
-replies are read, and `reference` float32 where one is attached."""
+replies are read, and what is attached."""
 
 STEPS = 1 << 40
 """Length of an endless dataset, in steps."""
@@ -31,15 +31,15 @@ STEPS = 1 << 40
 class Part:
     """Packed rows of one store. `part[r]`: arrays [T]. Pickles as paths.
 
-    `reference`: a float32 .npy of [rows, T] whose rows become the arrays `reference`.
+    `beside`: for each name a .npy of [rows, T, ...] whose rows become the arrays of that name.
     """
 
     store: Store
     index: Index
-    reference: Path | None = None
+    beside: Mapping[str, Path] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Part, (self.store, self.index, self.reference)
+        return Part, (self.store, self.index, self.beside)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -49,7 +49,7 @@ class Part:
             arrays = materialize(self.index[row], self._fetch, self.length)
         else:
             arrays = materialize_pairs(self.index[row], self._fetch, self._cut, len(self.store))
-        return arrays if self._column is None else {**arrays, "reference": np.array(self._column[row], np.float32)}
+        return {**arrays, **{name: np.array(column[row]) for name, column in self._columns.items()}}
 
     @property
     def key(self) -> str:
@@ -64,7 +64,7 @@ class Part:
     def empty(self) -> Batch:
         """A row of padding with the arrays of the others."""
         row = empty_row(self.length, labels=self.store.objective in LABELLED)
-        return row if self.reference is None else {**row, "reference": np.zeros(self.length, np.float32)}
+        return {**row, **{name: np.zeros(each.shape[1:], each.dtype) for name, each in self._columns.items()}}
 
     @functools.cached_property
     def _cut(self) -> Cut | None:
@@ -72,8 +72,8 @@ class Part:
         return Cut(kind, self.length, self.index.meta["too_long"] == "cut_left") if kind in LABELLED else None
 
     @functools.cached_property
-    def _column(self) -> np.ndarray | None:
-        return None if self.reference is None else np.load(self.reference, mmap_mode="r")
+    def _columns(self) -> dict[str, np.ndarray]:
+        return {name: np.load(path, mmap_mode="r") for name, path in self.beside.items()}
 
     def _fetch(self, doc: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
         document = self.store.read(doc, start, stop)
@@ -99,16 +99,16 @@ class Rows:
         """Targets in all rows, before any loss mask."""
         return sum(part.index.pairs for part in self.parts)
 
-    def attach(self, paths: Mapping[str, Path]) -> Rows:
-        """These rows with the reference of each part, by its key. UserError when one is missing or of another shape."""
+    def attach(self, name: str, paths: Mapping[str, Path]) -> Rows:
+        """These rows with the array `name` of each part, by its key. UserError when one is missing or does not fit."""
         for part in self.parts:
             path = paths.get(part.key)
             if path is None or not path.is_file():
-                raise UserError(f"no reference for the rows {part.key} of {part.store.path}; compute it again")
+                raise UserError(f"no {name} for the rows {part.key} of {part.store.path}; compute it again")
             shape = np.load(path, mmap_mode="r").shape
-            if shape != (len(part), part.length):
+            if shape[:2] != (len(part), part.length):
                 raise UserError(f"{path} has shape {shape}, not {(len(part), part.length)}; delete it")
-        return Rows([replace(part, reference=paths[part.key]) for part in self.parts])
+        return Rows([replace(part, beside={**part.beside, name: paths[part.key]}) for part in self.parts])
 
 
 class TrainingBatches:

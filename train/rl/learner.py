@@ -202,28 +202,25 @@ class Learner:
         return lay_out(samples, self.length, row_counts(len(samples), self.job.run.accumulate * mesh.batch_shards))
 
     def _place(self, rows: dict[str, Any]) -> dict[str, jax.Array]:
+        return self.job.place(self._share(rows))
+
+    def _share(self, rows: dict[str, Any]) -> dict[str, Any]:
+        """This host's part of a batch."""
         share, shares = batch_share(self.job.mesh)
         count = len(rows["tokens"]) // shares
-        return self.job.place({name: value[share * count : (share + 1) * count] for name, value in rows.items()})
+        return {name: value[share * count : (share + 1) * count] for name, value in rows.items()}
 
     def _of_replies(self, samples: Sequence[Sample]) -> Metrics:
-        """What is logged of replies."""
+        """What is logged of replies and of what they are worth."""
         rewards = np.array([sample.reward for sample in samples])
-        lengths = np.array([sample.length for sample in samples])
-        longest = self.config.max_new_tokens * (self.config.turns if self.config.tools else 1)
-        found: Metrics = {
+        found = self._of_lengths(samples) | {
             "reward": rewards.mean(),
             "reward_deviation": rewards.std(),
-            "reply_tokens": lengths.mean(),
-            "cut_replies": np.mean([sample.cut for sample in samples]),
             "reward_histogram": np.histogram(rewards, BINS)[0],
             "reward_range": np.array([rewards.min(), rewards.max()]),
-            "length_histogram": np.histogram(lengths, BINS, (0, longest))[0],
         }
         for name in samples[0].parts if len(self.rewards) > 1 else ():
             found[f"reward_{name}"] = np.mean([sample.parts[name] for sample in samples if name in sample.parts])
-        if self.config.tools:
-            found["tool_calls"] = np.mean([sample.calls for sample in samples])
         if any(sample.skipped for sample in samples):
             found["skipped_replies"] = np.mean([sample.skipped for sample in samples])
         for reward in self.rewards:
@@ -233,6 +230,19 @@ class Learner:
                 found["judge_failures"] = reward.failures
         return found
 
+    def _of_lengths(self, samples: Sequence[Sample]) -> Metrics:
+        """What is logged of replies, whatever is learnt from them."""
+        lengths = np.array([sample.length for sample in samples])
+        longest = self.config.max_new_tokens * (self.config.turns if self.config.tools else 1)
+        found: Metrics = {
+            "reply_tokens": lengths.mean(),
+            "cut_replies": np.mean([sample.cut for sample in samples]),
+            "length_histogram": np.histogram(lengths, BINS, (0, longest))[0],
+        }
+        if self.config.tools:
+            found["tool_calls"] = np.mean([sample.calls for sample in samples])
+        return found
+
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
@@ -240,7 +250,7 @@ class Learner:
         self.seconds[name] = time.perf_counter() - start
 
     # ---- held-out problems ------------------------------------------------
-    def validate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def validate(self, state: TrainState) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Mean reward of greedy replies to held-out problems, and some of these replies."""
         asked = self.held_out[: self.config.validation_problems]
         if not asked:
@@ -254,7 +264,13 @@ class Learner:
             for one, sample in zip(asked[:8], samples, strict=False)
         ]
         found = {"validation_reward": float(np.mean([sample.reward for sample in samples]))}
-        return found | {"validation_reply_tokens": float(np.mean([s.length for s in samples]))}, shown
+        found |= {"validation_reply_tokens": float(np.mean([s.length for s in samples]))}
+        return found | self.of_answers(state, samples), shown
+
+    def of_answers(self, state: TrainState, samples: Sequence[Sample]) -> dict[str, float]:
+        """What else is logged of replies to held-out problems; where `validation_loss` is, it decides which is best."""
+        del state, samples
+        return {}
 
 
 def together(each: Sequence[Metrics]) -> Metrics:

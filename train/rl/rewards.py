@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from model.load import open_model, read_model
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from sharding.mesh import MeshConfig, make_mesh
+from train.asking import Endpoint
 from train.preference import score_hidden
 from train.reference import reads_alike
 from train.rl.samples import Sample
@@ -32,11 +32,8 @@ ROWS = 16
 """Replies that a reward model reads at once."""
 GRADERS = 4
 """Replies that are graded at the same time."""
-JUDGE_SECONDS = 60.0
 JUDGE_TRIES = 4
 """Before a reply goes without a reward, where that is what the config wants."""
-LONGEST_WAIT = 60.0
-"""Seconds between two tries."""
 
 
 @dataclass(frozen=True)
@@ -125,26 +122,20 @@ class JudgeReward:
 
     def __init__(self, url: str, config: RLConfig, client: httpx.Client | None = None):
         self.name, self._config = "judge", config
-        self._url = url.rstrip("/")
-        self._client = client or httpx.Client(timeout=JUDGE_SECONDS)
-        self.failures = 0
+        self._endpoint = Endpoint(url, "judge", config.judge_model, client)
+
+    @property
+    def failures(self) -> int:
+        """Times that it did not answer, or said no number."""
+        return self._endpoint.failures
 
     def __call__(self, asked: Sequence[Asked], samples: Sequence[Sample]) -> list[float | None]:
-        return [self._ask(one.problem, sample) for one, sample in zip(asked, samples, strict=True)]
+        with self._endpoint:
+            return [self._ask(one.problem, sample) for one, sample in zip(asked, samples, strict=True)]
 
     def _ask(self, problem: Problem, sample: Sample) -> float | None:
-        tries = 0
-        while True:
-            try:
-                return self._once(problem, sample)
-            except (httpx.HTTPError, ValueError, LookupError) as error:
-                self.failures += 1
-                tries += 1
-                if self._config.judge_down == "skip" and tries >= JUDGE_TRIES:
-                    return None
-                if tries == 1:
-                    print(f"the judge at {self._url} does not answer ({error}); asking again", flush=True)
-                time.sleep(min(2.0 ** (tries - 2), LONGEST_WAIT))
+        tries = JUDGE_TRIES if self._config.judge_down == "skip" else 0
+        return self._endpoint.until(lambda: self._once(problem, sample), tries)
 
     def _once(self, problem: Problem, sample: Sample) -> float:
         talk = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in problem.prompt)
@@ -155,16 +146,11 @@ class JudgeReward:
             ],
             "temperature": 0,
         }
-        body["model"] = self._config.judge_model or self._first_model()
-        answer = self._client.post(f"{self._url}/chat/completions", json=body).raise_for_status().json()
-        said = answer["choices"][0]["message"]["content"]
+        said = self._endpoint.post("chat/completions", body)["choices"][0]["message"]["content"]
         numbers = re.findall(r"\d+(?:\.\d+)?", said or "")
         if not numbers:
             raise ValueError(f"no number in {said!r}")
         return min(float(numbers[-1]), 10.0) / 10
-
-    def _first_model(self) -> str:
-        return self._client.get(f"{self._url}/models").raise_for_status().json()["data"][0]["id"]
 
 
 def make_rewards(config: RLConfig, tokenizer: Tokenizer) -> list[Reward]:
