@@ -36,7 +36,7 @@ Words = tuple[str, ...]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A mixture of experts that nobody trained, and words to say again: now and then what it says is worth something."""
+    """A mixture of experts that nobody trained, and words to say again: some of what it says is worth something."""
     config = write_project(tmp_path_factory.mktemp("rl"))
     rows = [{"prompt": word, "answer": word * 2} for word in ("the", "a", "cat", "sat", "on", "mat", "dog", "ran")]
     (config.parent / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
