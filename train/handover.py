@@ -3,18 +3,16 @@ is right already."""
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 from jaxtyping import Array
 
 from configs.run import Run
 from model.forward import Batch, forward
-from model.lora import merge
+from model.lora import merge, widen
 from model.transformer import Transformer
 from model.tree import Skeleton, make_skeleton, unstack
 from train.logprobs import score_targets
-from train.state import TrainState, compute_dtype
+from train.state import TrainState, compute_dtype, is_stacked
 
 Rows = dict[str, Array]
 
@@ -24,8 +22,9 @@ def model_of(run: Run, skeleton: Skeleton, state: TrainState) -> Transformer:
     if not run.lora.rank:
         return skeleton.merge(state.params, state.extra)
     plain = make_skeleton(run.model, stacked=False, dtype=compute_dtype(run))
-    listed = unstack({**state.params, **state.extra}, run.model)
-    merged = jax.jit(partial(merge, sums=plain.sums, config=run.lora))(listed)
+    arrays = {**state.params, **state.extra}
+    listed = unstack(arrays, run.model) if is_stacked(run) else arrays
+    merged = jax.jit(lambda arrays: merge(widen(arrays, plain.shapes), plain.sums, run.lora))(listed)
     weights = {name: leaf for name, leaf in merged.items() if name in plain.weights}
     return plain.merge(weights, {name: leaf for name, leaf in merged.items() if name not in plain.weights})
 
