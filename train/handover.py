@@ -12,7 +12,7 @@ from model.lora import merge, widen
 from model.transformer import Transformer
 from model.tree import Skeleton, make_skeleton, unstack
 from train.logprobs import score_targets
-from train.state import TrainState, compute_dtype
+from train.state import TrainState, compute_dtype, is_stacked
 
 Rows = dict[str, Array]
 
@@ -22,7 +22,8 @@ def model_of(run: Run, skeleton: Skeleton, state: TrainState) -> Transformer:
     if not run.lora.rank:
         return skeleton.merge(state.params, state.extra)
     plain = make_skeleton(run.model, stacked=False, dtype=compute_dtype(run))
-    listed = unstack({**state.params, **state.extra}, run.model)
+    arrays = {**state.params, **state.extra}
+    listed = unstack(arrays, run.model) if is_stacked(run) else arrays
     merged = jax.jit(lambda arrays: merge(widen(arrays, plain.shapes), plain.sums, run.lora))(listed)
     weights = {name: leaf for name, leaf in merged.items() if name in plain.weights}
     return plain.merge(weights, {name: leaf for name, leaf in merged.items() if name not in plain.weights})
