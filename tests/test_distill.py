@@ -77,6 +77,10 @@ RUN = make_run(MOE, objective="pretrain")
 PLAIN = LossConfig(balance=0, router_z_loss=0)
 
 
+WAYS = (("reverse", 0), ("forward", 5))
+RARE_REVERSE = ["forward", pytest.param("reverse", marks=pytest.mark.full)]
+
+
 @cache
 def model(kind: str, seed: int) -> Transformer:
     """A random model."""
@@ -101,8 +105,10 @@ def loss_of(
     return float(loss), {name: float(value) for name, value in parts.more.items()}, slope
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
-@pytest.mark.parametrize("top_k", [0, 5])
+@pytest.mark.parametrize(
+    ("direction", "top_k"),
+    [("forward", 0), ("reverse", 5), *(pytest.param(*case, marks=pytest.mark.full) for case in WAYS)],
+)
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(direction: Any, top_k: int) -> None:
     one = model("dense", 0)
     config = DistillConfig("x", top_k=top_k, direction=direction, temperature=2.0)
@@ -111,7 +117,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(direction: Any, top_
     assert parts["agreement"] == pytest.approx(1) and parts["nll"] == pytest.approx(parts["teacher_nll"], rel=1e-6)
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("direction", RARE_REVERSE)
 def test_all_tokens_as_the_likeliest_give_the_whole_divergence(direction: Any) -> None:
     """And in memory or in the rows what the teacher says is the same; and numpy says so of all logits at once."""
     student, teacher, rows = model("dense", 0), model("moe", 1), make_rows(RUN)
@@ -141,9 +147,8 @@ def test_all_tokens_as_the_likeliest_give_the_whole_divergence(direction: Any) -
 
 def test_a_teacher_with_fewer_rows_of_vocabulary_says_nothing_of_the_others() -> None:
     student = Transformer(replace(DENSE, vocab_size=96), jax.random.key(0))
-    for direction in ("forward", "reverse"):
-        loss, _, slope = loss_of(DistillConfig("x", direction=direction), student, model("dense", 1), make_rows(RUN))
-        assert np.isfinite(loss) and loss > 0.1 and np.isfinite(slope)
+    loss, _, slope = loss_of(DistillConfig("x", direction="reverse"), student, model("dense", 1), make_rows(RUN))
+    assert np.isfinite(loss) and loss > 0.1 and np.isfinite(slope)
 
 
 class Taught(Trainer):
@@ -160,8 +165,8 @@ class Taught(Trainer):
 @pytest.mark.parametrize(
     ("config", "mesh"),
     [
-        (DistillConfig("x", mix=0.3), MeshConfig(2, 1, 2, 2)),
         (DistillConfig("x", top_k=5, direction="reverse"), MeshConfig(1, 2, 2, 2)),
+        pytest.param(DistillConfig("x", mix=0.3), MeshConfig(2, 1, 2, 2), marks=pytest.mark.full),
         pytest.param(DistillConfig("x", top_k=5), MeshConfig(2, 2, 1, 1, 2), marks=pytest.mark.full),
         pytest.param(DistillConfig("x", direction="reverse"), MeshConfig(8), marks=pytest.mark.full),
     ],
@@ -248,7 +253,10 @@ def test_wherever_the_teacher_sits_the_student_learns_the_same(
     assert before == {path: path.stat().st_mtime_ns for path in (config.parent / "cache").rglob("*.npy")}
 
 
-@pytest.mark.parametrize("words", [("--distill.top-k", "4"), ON_POLICY], ids=["rows", "replies"])
+@pytest.mark.parametrize(
+    "words",
+    [pytest.param(("--distill.top-k", "4"), marks=pytest.mark.full, id="rows"), pytest.param(ON_POLICY, id="replies")],
+)
 def test_a_stopped_run_ends_as_one_that_nobody_disturbed(
     config: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: Words
 ) -> None:
@@ -275,7 +283,10 @@ def test_on_its_own_replies_a_student_comes_closer_to_its_teacher(
     assert "validation_reward" in found[-1] and "reward" not in found[-1] and found[-1]["reply_tokens"] >= 1
     assert train(config, tmp_path / "asked", f"{served.address}/v1", *words, "--steps", "1") == 0
     for one, other in zip(told(tmp_path / "asked"), told(tmp_path / "live"), strict=False):
-        assert other | one == pytest.approx(other, rel=2e-3, abs=1e-4)
+        both = one.keys() & other.keys()
+        assert {name: one[name] for name in both} == pytest.approx(
+            {name: other[name] for name in both}, rel=2e-3, abs=1e-4
+        )
 
 
 # ---- what is refused ----------------------------------------------------------
