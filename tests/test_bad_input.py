@@ -45,7 +45,10 @@ TRAIN = [
     ("--optimizer.learing-rate 1", r"no field --optimizer.learing-rate; did you mean '--optimizer.learning-rate'\?"),
     ("--steps many", r"--steps takes int, not 'many'"),
     ("--steps 0", r"steps=0 must be at least 1"),
-    ("--objective sftt", r"--objective takes pretrain\|sft\|dpo\|reward\|kto\|rl\|distill, not 'sftt'; did you mean 'sft'\?"),
+    (
+        "--objective sftt",
+        r"--objective takes pretrain\|sft\|dpo\|reward\|kto\|rl\|distill, not 'sftt'; did you mean 'sft'\?",
+    ),
     ("--data.too-long drop", r"data.too_long=drop is about conversations; objective=pretrain goes on"),
     ("--objective dpo --data.train-on last", r"data.train_on=last goes with objective=sft or distill, not dpo"),
     ("--out", r"--out takes str, and no value follows it"),

@@ -53,29 +53,42 @@ def train(config: Path, out: Path, *words: str, steps: int = STEPS) -> int:
 SEVERAL = ("--rl.updates", "2", "--rl.ratio", "sequence", "--rl.mean", "sequence", "--rl.replay", "true")
 
 
-@pytest.mark.parametrize("words", [(), SEVERAL], ids=["one update", "two updates on replayed experts"])
-def test_the_sampler_and_the_trainer_say_the_same(config: Path, tmp_path: Path, words: Words) -> None:
+@pytest.fixture(scope="module")
+def several(config: Path) -> Path:
+    """A run with two updates a step that nobody disturbed."""
+    assert train(config, config.parent / "several", *SEVERAL) == 0
+    return config.parent / "several"
+
+
+@pytest.fixture(scope="module")
+def once(config: Path) -> Path:
+    """A run with one update a step, which learns fast."""
+    assert train(config, config.parent / "once", "--optimizer.learning-rate", "1e-2") == 0
+    return config.parent / "once"
+
+
+@pytest.mark.parametrize("name", ["once", "several"])
+def test_the_sampler_and_the_trainer_say_the_same(name: str, request: pytest.FixtureRequest) -> None:
     """Engine and training step give each drawn token the same log-probability at every step, while weights change."""
-    assert train(config, tmp_path / "run", *words, "--optimizer.learning-rate", "1e-2") == 0
-    found = records(tmp_path / "run")
+    run: Path = request.getfixturevalue(name)
+    found = records(run)
     assert [record["step"] for record in found] == list(range(STEPS + 1))
     for record in found[1:]:
         assert record["logprob_gap_max"] <= 1e-4 and record["logprob_gap"] <= 1e-5
         assert 0 <= record["clip_fraction"] <= 1 and record["reply_tokens"] >= 1
         assert sum(record["reward_histogram"]) == sum(record["length_histogram"]) == 16
-    if not words:
+    if name == "once":
         assert all(record["ratio"] == pytest.approx(1, abs=1e-5) for record in found[1:])
     assert any(record["reward_deviation"] > 0 and record["gradient_norm"] > 0.05 for record in found[1:])
     assert "validation_reward" in found[0] and "validation_reward" in found[-1]
-    shown = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    shown = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert {row["step"] for row in shown} == {0, 2, 4}
 
 
 def test_a_stopped_run_ends_as_one_that_nobody_disturbed(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Path, several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
-    assert train(config, undisturbed, *SEVERAL) == 0
+    undisturbed, stopped = several, tmp_path / "stopped"
     with monkeypatch.context() as patched:
         interrupt(patched, signal.SIGTERM, 4)
         assert train(config, stopped, *SEVERAL) == 0
@@ -86,6 +99,7 @@ def test_a_stopped_run_ends_as_one_that_nobody_disturbed(
     assert (stopped / "samples.jsonl").read_text() == (undisturbed / "samples.jsonl").read_text()
 
 
+@pytest.mark.full
 def test_reference_adapters_and_the_rest_of_the_options_work_together(config: Path, tmp_path: Path) -> None:
     """With adapters the reference is the model without them: at the first step nothing is between them."""
     assert train(config, tmp_path / "base", steps=1) == 0
@@ -139,7 +153,7 @@ def test_what_tools_say_is_read_and_not_learnt(config: Path) -> None:
     call = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "6*7"}}\n</tool_call>'
     engine: Any = Script(tokenizer, [call, "It is 42."])
     settings = RLConfig(tasks=("arithmetic",), tools=("calculator",), max_new_tokens=100)
-    rollout = Rollout(engine, tokenizer, settings, tools_named(settings.tools), 512)
+    rollout = Rollout(engine, tokenizer, settings, tools_named(settings.tools), 2048)
     prompt = rollout.encode(Problem("1", [{"role": "user", "content": "6*7?"}], 42))
     (sample,) = rollout.draw([prompt], derive("x"), samples=1)
     assert sample.reply == "It is 42." and sample.calls == 1

@@ -143,14 +143,15 @@ class Rollout:
         after = self.tokenizer.encode_chat(
             [*said, *told], tools=self._schemas, add_generation_prompt=True, enable_thinking=self.config.thinking
         )
-        ends = [place for place, token in enumerate(before) if token in self.tokenizer.stop_ids]
-        if not ends or after[: len(before)] != before:
+        turns = sum(token in self.tokenizer.stop_ids for token in before)
+        ends = [place for place, token in enumerate(after) if token in self.tokenizer.stop_ids]
+        if not turns or len(ends) <= turns:
             raise UserError(
                 f"the chat template of {self.tokenizer.source} does not add what tools say after a turn; "
                 "use one that does, or leave rl.tools empty"
             )
         # The turn's last token was drawn; what the template writes after it was not.
-        return after[ends[-1] + 1 :]
+        return after[ends[turns - 1] + 1 :]
 
 
 def take_apart(text: str, tools: Sequence[dict[str, Any]]) -> tuple[str, list[Call]]:
