@@ -333,8 +333,9 @@ def test_a_grader_that_fails_gives_nothing_and_says_why() -> None:
             return Grade(2.0) if reply else Grade(1 / 0)
 
     problem = Problem("p", [], None)
-    assert grade_safely(Broken(), problem, "") == Grade(0.0, "the grader failed: ZeroDivisionError: division by zero")
-    assert grade_safely(Broken(), problem, "x") == Grade(0.0, "the grader gave 2.0")
+    told = "the grader failed: ZeroDivisionError: division by zero"
+    assert grade_safely(Broken(), problem, "") == Grade(0.0, told, failed=True)
+    assert grade_safely(Broken(), problem, "x") == Grade(0.0, "the grader gave 2.0", failed=True)
 
 
 def test_thoughts_are_not_spoken() -> None:

@@ -220,7 +220,10 @@ def table(reply: str, values: Values, delimiter: str) -> list[list[str]] | None:
     if not names or not count:
         return None
     body = re.sub(r"\A\s*```\w*\n|\n```\s*\Z", "", reply).strip()
-    rows = list(csv.reader(io.StringIO(body), delimiter=delimiter, strict=False))
+    # A lone carriage return ends a line as anywhere else; csv would raise.
+    rows = list(
+        csv.reader(io.StringIO(body.replace("\r\n", "\n").replace("\r", "\n")), delimiter=delimiter, strict=False)
+    )
     header = [name.strip().strip("\"'") for name in names.group(1).split(",")]
     ok = rows and [h.strip() for h in rows[0]] == header and len(rows) == int(count.group(1)) + 1
     return rows[1:] if ok and all(len(row) == len(header) for row in rows) else None
