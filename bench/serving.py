@@ -134,7 +134,7 @@ class Decoding:
     def host(self, tokens: int) -> float:
         """Seconds of processor time that the engine's thread needs for a step, where the device takes none."""
         requests, steps = self.start(tokens), 0
-        ready = {shape: Ready(self._step(shape, *arrays)) for shape, arrays in self.steps}
+        ready = {shape: (Ready(self._step(shape, *arrays)[0]), None) for shape, arrays in self.steps}
 
         def nothing(shape: Program, *arrays: np.ndarray) -> Any:
             nonlocal steps

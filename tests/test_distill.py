@@ -171,6 +171,7 @@ class Taught(Trainer):
         pytest.param(DistillConfig("x", direction="reverse"), MeshConfig(8), marks=pytest.mark.full),
     ],
 )
+@pytest.mark.full
 def test_many_devices_give_what_one_gives(config: DistillConfig, mesh: MeshConfig) -> None:
     run, many = make_run(MOE, accumulate=1), make_mesh(mesh)
     one = Taught(config, model("dense", 5), run, make_mesh(MeshConfig()))
@@ -257,6 +258,7 @@ def test_wherever_the_teacher_sits_the_student_learns_the_same(
     "words",
     [pytest.param(("--distill.top-k", "4"), marks=pytest.mark.full, id="rows"), pytest.param(ON_POLICY, id="replies")],
 )
+@pytest.mark.full
 def test_a_stopped_run_ends_as_one_that_nobody_disturbed(
     config: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: Words
 ) -> None:
@@ -271,6 +273,7 @@ def test_a_stopped_run_ends_as_one_that_nobody_disturbed(
     assert [story(record) for record in records(stopped)] == [story(record) for record in records(undisturbed)]
 
 
+@pytest.mark.full
 def test_on_its_own_replies_a_student_comes_closer_to_its_teacher(
     config: Path, teacher: Path, served: Served, tmp_path: Path
 ) -> None:

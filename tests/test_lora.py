@@ -109,6 +109,7 @@ def test_a_run_begins_as_its_model_and_trains_adapters_alone() -> None:
     ],
     ids=str,
 )
+@pytest.mark.full
 def test_many_devices_give_the_gradients_of_one(kind: str, layers: str, mesh: MeshConfig) -> None:
     one = adapted(kind, layers=layers)
     many = adapted(kind, layers=layers, mesh=mesh)

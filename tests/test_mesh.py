@@ -119,6 +119,7 @@ def test_gradients_equal_one_device(kind: str, mesh: MeshConfig) -> None:
         assert np.abs(found[name] - value).max() <= 1e-5 * np.abs(value).max(), name
 
 
+@pytest.mark.full
 def test_bfloat16_activations_on_emulated_devices() -> None:
     """XLA's compiler for CPUs cannot sum them over devices by hand; the compiler's own layout does."""
     mesh = MeshConfig(1, 2, 2, 2)

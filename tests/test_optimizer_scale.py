@@ -145,6 +145,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("form", "mesh", "name"), CASES, ids=str)
+@pytest.mark.full
 def test_moments_cut_over_data_change_no_result(form: dict[str, Any], mesh: MeshConfig, name: Any) -> None:
     optimizer = OptimizerConfig(name=name, learning_rate=1e-3, warmup_steps=1)
     one = Trainer(make_run(MOE, optimizer=optimizer, **form), ONE)
@@ -345,6 +346,7 @@ SCALED = (
 )
 
 
+@pytest.mark.full
 def test_a_run_in_bfloat16_resumes_moves_and_is_read(tmp_path: Any) -> None:
     """Saved, gone on with to the same bits, moved to another mesh, generated from, and started from."""
     config = write_project(tmp_path / "project")

@@ -107,6 +107,7 @@ def test_experts_in_8_bits_pass_gradients_on(backend: str) -> None:
         np.testing.assert_allclose(own, exact, atol=1e-5 * np.abs(exact).max())
 
 
+@pytest.mark.full
 def test_what_is_kept_and_what_is_trained() -> None:
     run = make_run(MOE, lora=SMALL)
     trainer, plain = Trainer(run, ONE), Trainer(replace(run, lora=replace(SMALL, base="same")), ONE)

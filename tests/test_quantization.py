@@ -77,6 +77,7 @@ def test_products_with_8_bits_are_those_with_what_they_stand_for(name: str) -> N
 
 
 @pytest.mark.parametrize("name", [pytest.param(NAMES[0], marks=pytest.mark.full), RICHEST])
+@pytest.mark.full
 def test_many_devices_reply_as_one(name: str) -> None:
     model, prompts = make(name), [[1, 2, 3, 4, 5], [7, 8], [9, 3, 1]]
     sampling = SamplingParams(temperature=0, max_tokens=6)

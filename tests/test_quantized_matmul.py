@@ -202,6 +202,7 @@ def test_only_training_is_in_8_bits() -> None:
     assert "i8[" in text["int8"] and "i8[" not in text["plain"]
 
 
+@pytest.mark.full
 def test_a_run_saves_resumes_and_generates(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = write_project(tmp_path / "project")
     words = ["train", str(config), "--steps", "6", "--checkpoint.every", "3", "--validate-every", "3"]

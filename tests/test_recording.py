@@ -35,7 +35,10 @@ def check(name: str, found: list[Completion]) -> None:
         np.testing.assert_array_equal(reply.experts, np.moveaxis(np.asarray(chosen)[:, 0, : len(whole)], 0, 1))
 
 
-@pytest.mark.parametrize("name", [pytest.param("softmax experts", marks=pytest.mark.full), RICHEST, HYBRID])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("softmax experts", marks=pytest.mark.full), RICHEST, pytest.param(HYBRID, marks=pytest.mark.full)],
+)
 def test_recorded_experts_are_those_of_a_forward_pass(name: str) -> None:
     check(name, replies(name))
 

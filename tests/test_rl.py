@@ -67,7 +67,7 @@ def once(config: Path) -> Path:
     return config.parent / "once"
 
 
-@pytest.mark.parametrize("name", ["once", "several"])
+@pytest.mark.parametrize("name", [pytest.param("once", marks=pytest.mark.full), "several"])
 def test_the_sampler_and_the_trainer_say_the_same(name: str, request: pytest.FixtureRequest) -> None:
     """Engine and training step give each drawn token the same log-probability at every step, while weights change."""
     run: Path = request.getfixturevalue(name)

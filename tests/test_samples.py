@@ -74,6 +74,7 @@ def test_replies_are_those_of_the_weights_and_the_same_after_a_stop(
     assert (stopped / SAMPLES).read_text() == (undisturbed / SAMPLES).read_text()
 
 
+@pytest.mark.full
 def test_adapters_on_a_mesh_answer_too(config: Path, tmp_path: Path) -> None:
     words = ("--lora.rank", "2", "--optimizer.learning-rate", "0.05", "--mesh.fsdp", "2", "--mesh.tensor", "2")
     words += ("--lora.base", "int8", "--model.moe.dense-layers=")  # layers that are all alike, in a list
