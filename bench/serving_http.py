@@ -146,7 +146,7 @@ def hollow(argv: list[str]) -> int:
     def step(self: Device, shape: Program, *arrays: np.ndarray) -> Any:
         words = np.zeros((shape.rows, 2), np.int32)
         words[:, 0] = FIRST_TOKEN
-        return Drawn(words)
+        return Drawn(words), None
 
     def unmade(self: Device, shape: Program) -> Any:
         """What is not run need not be compiled."""
