@@ -231,6 +231,7 @@ def told(out: Path) -> list[dict[str, Any]]:
     return [{name: record[name] for name in names if name in record} for record in records(out)]
 
 
+@pytest.mark.full
 def test_wherever_the_teacher_sits_the_student_learns_the_same(
     config: Path, teacher: Path, served: Served, tmp_path: Path
 ) -> None:

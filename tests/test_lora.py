@@ -132,6 +132,7 @@ def test_stored_types() -> None:
 
 
 @pytest.mark.parametrize("layers", [pytest.param("list", marks=pytest.mark.full), "stacked"])
+@pytest.mark.full
 def test_a_run_is_read_with_its_adapters_added(layers: str, tmp_path: Path) -> None:
     """From another run, through the front door; and resumed to the same bits."""
     base, tuned = tmp_path / "base", tmp_path / "tuned"

@@ -283,6 +283,7 @@ def test_bits_depend_on_seed_step_path_and_place_and_on_no_mesh() -> None:
         assert np.array_equal(first, at(0, 7, "a", sharding))
 
 
+@pytest.mark.full
 def test_what_is_no_matrix_stays_float32() -> None:
     biased = replace(MOE, moe=replace(MOE.moe, bias=True), qkv_bias=True)
     trainer = Trainer(make_run(biased, parameter_dtype="bfloat16"), ONE)
@@ -327,6 +328,7 @@ def test_updates_below_half_a_step_still_count(monkeypatch: pytest.MonkeyPatch) 
     assert 0.8 < share["random"] < 1.2, share
 
 
+@pytest.mark.full
 def test_bfloat16_weights_are_the_same_on_any_mesh() -> None:
     one = Trainer(make_run(MOE, parameter_dtype="bfloat16", optimizer=STEADY), ONE)
     many = on_mesh(THREE, one)

@@ -174,6 +174,7 @@ def test_four_processes_give_the_bits_of_two(config: Path, tmp_path: Path) -> No
     ]
 
 
+@pytest.mark.full
 def test_asked_killed_and_resumed_in_other_numbers(config: Path, alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     stopped = stop_one(config, out, 4, signal.SIGTERM)

@@ -55,6 +55,7 @@ def test_loss_falls_on_a_repeated_batch() -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.full
 def test_muon_learns_and_leaves_norms_to_adamw() -> None:
     optimizer = OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=2)
     for layers in ("list", "stacked"):
