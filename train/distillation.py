@@ -16,11 +16,11 @@ from jaxtyping import Array, Float, Int
 
 from configs.alignment import DistillConfig
 from configs.run import LossConfig
-from model.forward import Batch, forward, unembed
+from model.forward import forward, unembed
 from model.transformer import Transformer
 from sharding.rules import constrain
 from train.chunks import chunk_length, in_chunks
-from train.losses import Parts, Totals, no_parts, with_routers
+from train.losses import Parts, Totals, batch_of, no_parts, with_routers
 
 LEAST = -30.0
 """Log-probability of what cannot be: tokens that the teacher has not, the rest of a vocabulary that is all known."""
@@ -72,7 +72,7 @@ def tell(
 
 def tell_rows(teacher: Transformer, rows: dict[str, Array], top_k: int, temperature: float) -> dict[str, Array]:
     """What the teacher says of all targets of a batch: its arrays `IDS` and `SAID`."""
-    hidden_BTD = forward(teacher, _batch(rows)).hidden_BTD
+    hidden_BTD = forward(teacher, batch_of(rows)).hidden_BTD
     batch, length = rows["targets"].shape
     size = chunk_length(batch, length, teacher.config.vocab_size)
 
@@ -153,12 +153,12 @@ def distill_loss(
         rows: those of any training, each `[b, T]`; without a `teacher` also what it says, `IDS` and `SAID`.
         teacher: has no gradient.
     """
-    output = forward(model, _batch(rows))
+    output = forward(model, batch_of(rows))
     arrays = {"hidden": output.hidden_BTD, "targets": rows["targets"]}
     if teacher is None:
         arrays |= {name: rows[name] for name in (IDS, SAID)}
     else:
-        arrays["teacher"] = jax.lax.stop_gradient(forward(teacher, _batch(rows)).hidden_BTD)
+        arrays["teacher"] = jax.lax.stop_gradient(forward(teacher, batch_of(rows)).hidden_BTD)
     found = compare(model, teacher, arrays, config)
 
     def mean(values_BT: Array) -> Array:
@@ -170,10 +170,6 @@ def distill_loss(
     more |= {"entropy": mean(found.entropy), "agreement": mean(found.same)}
     parts = replace(no_parts(model), loss=loss, more=more)
     return with_routers(model, loss, parts, output.stats, rows, totals, before, routers)
-
-
-def _batch(rows: dict[str, Array]) -> Batch:
-    return Batch(rows["tokens"], rows["positions"], rows["segments"])
 
 
 def _nll(logits_BtV: Array, targets_Bt: Array) -> Array:

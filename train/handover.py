@@ -7,11 +7,12 @@ import jax
 from jaxtyping import Array
 
 from configs.run import Run
-from model.forward import Batch, forward
+from model.forward import forward
 from model.lora import merge, widen
 from model.transformer import Transformer
 from model.tree import Skeleton, make_skeleton, unstack
 from train.logprobs import score_targets
+from train.losses import batch_of, replay_of
 from train.state import TrainState, compute_dtype, is_stacked
 
 Rows = dict[str, Array]
@@ -31,7 +32,6 @@ def model_of(run: Run, skeleton: Skeleton, state: TrainState) -> Transformer:
 
 def logprobs_of(model: Transformer, rows: Rows, temperature: float = 1.0) -> tuple[Array, Array]:
     """Log-probabilities of the targets of a batch, and those at a temperature; float32 `[B, T]`."""
-    replay = jax.numpy.moveaxis(rows["experts"].astype("int32"), 2, 0) if "experts" in rows else None
-    hidden_BTD = forward(model, Batch(rows["tokens"], rows["positions"], rows["segments"]), replay=replay).hidden_BTD
+    hidden_BTD = forward(model, batch_of(rows), replay=replay_of(rows)).hidden_BTD
     scores = score_targets(model, hidden_BTD, rows["targets"], temperature)
     return scores.logprob_BT, scores.tempered_BT

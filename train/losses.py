@@ -206,6 +206,16 @@ def balance_loss(counts_LE: Array, scores_LE: Array, tokens: Array, micro_tokens
     return experts * jnp.mean(jnp.sum(f_LE * p_LE, axis=-1))
 
 
+def batch_of(rows: dict[str, Array]) -> Batch:
+    """What `forward` takes of the arrays of a batch."""
+    return Batch(rows["tokens"], rows["positions"], rows["segments"])
+
+
+def replay_of(rows: dict[str, Array]) -> Int[Array, "L b T C"] | None:
+    """The experts that tokens are to be sent to, as `forward` takes them; None where the rows have none."""
+    return jnp.moveaxis(rows["experts"].astype(jnp.int32), 2, 0) if "experts" in rows else None
+
+
 def next_token(
     model: Transformer, rows: dict[str, Array], totals: Totals, before: Parts, config: LossConfig
 ) -> tuple[Array, Parts]:
@@ -219,7 +229,7 @@ def next_token(
             f"model.num_labels={model.config.num_labels} makes a model for sequence classification, which predicts no "
             "tokens; set it to 0 to train on text"
         )
-    batch = Batch(rows["tokens"], rows["positions"], rows["segments"])
+    batch = batch_of(rows)
     noise = None
     if "noise" in rows:
         noise = embedding_noise(rows["noise"], batch.segments_BT, model.config.hidden_size, config.neftune)

@@ -15,10 +15,10 @@ from jaxtyping import Array, Float, Int
 
 from configs.alignment import RLConfig
 from configs.run import LossConfig
-from model.forward import Batch, forward
+from model.forward import forward
 from model.transformer import Transformer
 from train.logprobs import score_targets
-from train.losses import Parts, Totals, no_parts, with_routers
+from train.losses import Parts, Totals, batch_of, no_parts, replay_of, with_routers
 
 
 @struct.dataclass
@@ -87,10 +87,7 @@ def policy_loss(
     drawn (1 for a token that the model has drawn), advantages, sampler (log-probability when it was drawn); and, as the
     run needs them, old (the trainer's own before the first update), reference, experts `[b, T, L, C]`.
     """
-    replay = None
-    if "experts" in rows:
-        replay = jnp.moveaxis(rows["experts"].astype(jnp.int32), 2, 0)
-    output = forward(model, Batch(rows["tokens"], rows["positions"], rows["segments"]), replay=replay)
+    output = forward(model, batch_of(rows), replay=replay_of(rows))
     scores = score_targets(model, output.hidden_BTD, rows["targets"], config.temperature)
     drawn_BT, weights_BT = rows["drawn"], rows["weights"]
     # In the first update after a rollout the model is the one that drew: its own log-probabilities are the old ones.

@@ -14,10 +14,10 @@ from jaxtyping import Array, Bool, Float
 
 from configs.alignment import PreferenceConfig
 from configs.run import LossConfig
-from model.forward import Batch, forward, unembed
+from model.forward import forward, unembed
 from model.transformer import Transformer
 from train.logprobs import score_targets
-from train.losses import Parts, Totals, no_parts, with_routers
+from train.losses import Parts, Totals, batch_of, no_parts, with_routers
 
 
 @struct.dataclass
@@ -104,7 +104,7 @@ def preference_loss(
     objective: str,
 ) -> tuple[Array, Parts]:
     """The loss of a micro-batch of dpo, kto or reward; `reference` in `rows` are log-probabilities, `[b, T]`."""
-    output = forward(model, Batch(rows["tokens"], rows["positions"], rows["segments"]))
+    output = forward(model, batch_of(rows))
     if objective == "reward":
         loss, more = reward_parts(model, output.hidden_BTD, rows, totals)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,6 @@ from train.data.order import derive
 from train.rl.samples import Sample
 from train.tasks.task import Problem
 from train.tools import Tool, call_tool
-
-Progress = Callable[[int], None]
 
 
 @dataclass
