@@ -1,4 +1,4 @@
-"""Law: the house stands as README.md draws it; imports run one way, files stay short, and every field is read."""
+"""Law: the house stands as its READMEs draw it; imports run one way, files stay short, and every field is read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ IMPORT_NAMES = {
     "prometheus-client": "prometheus_client",
 }
 TREE_LEAVES = ("tests", "bench", "notebooks", "configs/demo_data", "serve/ui", ".ci")
-"""Folders that the README's tree names as a whole."""
+"""Folders that the trees name as a whole."""
+ROOMS = ("configs", "model", "sharding", "serve", "train")
+"""Folders whose own README.md draws what is in them."""
 
 
 @cache
@@ -196,10 +198,18 @@ def test_every_config_field_is_explained_and_read(cls: type) -> None:
 
 
 def drawn() -> dict[str, str]:
-    """Path -> words of the tree in README.md: a code block under a heading with the word Tree, two spaces a level."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    """Path -> words of the trees in README.md and in those of the rooms."""
+    entries = tree_in(ROOT / "README.md")
+    for room in ROOMS:
+        entries |= {f"{room}/{path}": words for path, words in tree_in(ROOT / room / "README.md").items()}
+    return entries
+
+
+def tree_in(page: Path) -> dict[str, str]:
+    """Path -> words of a page's tree: a code block under a heading with the word Tree, two spaces a level."""
+    text = page.read_text(encoding="utf-8")
     match = re.search(r"^## [^\n]*tree[^\n]*\n.*?```[a-z]*\n(.*?)```", text, re.MULTILINE | re.DOTALL | re.IGNORECASE)
-    assert match, "README.md has no tree"
+    assert match, f"{page} has no tree"
     entries: dict[str, str] = {}
     folders: list[str] = []
     for line in match.group(1).splitlines():
@@ -212,7 +222,7 @@ def drawn() -> dict[str, str]:
     return entries
 
 
-def test_readme_draws_every_file() -> None:
+def test_readmes_draw_every_file() -> None:
     entries = drawn()
     missing = []
     for path in files():
@@ -222,9 +232,9 @@ def test_readme_draws_every_file() -> None:
         if leaf is None and path.name not in ("__init__.py", ".gitignore"):
             wanted.add(name)
         missing += sorted(wanted - entries.keys() - {".gitignore"})
-    assert not missing, f"README.md's tree lacks {sorted(set(missing))}"
+    assert not missing, f"the trees lack {sorted(set(missing))}"
     stale = [name for name in entries if not (ROOT / name).exists()]
-    assert not stale, f"README.md's tree draws what is not there: {stale}"
+    assert not stale, f"the trees draw what is not there: {stale}"
     assert [name for name, words in entries.items() if len(words.split()) < 2] == [], "entries without a line"
 
 
