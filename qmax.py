@@ -33,6 +33,7 @@ VERBS = (
     Verb("chat", "talk to a model in the terminal", "serve.generate_verb:chat_main"),
     Verb("serve", "an OpenAI-compatible server for a model", "serve.serve_verb:serve_main"),
     Verb("score", "log-probabilities of given tokens", "train.score_verb:score_main"),
+    Verb("eval", "examine a model: graded tasks with standard errors", "train.evaluation.verb:eval_main"),
     Verb("convert", "write a model as a Hugging Face directory", "model.convert_verb:convert_main"),
     Verb("plan", "compile the training step for TPUs that are not here: does it fit", "train.plan:plan_main"),
     Verb("report", "render a run's report.html", "train.report:report_main"),

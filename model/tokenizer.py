@@ -117,6 +117,11 @@ class Tokenizer:
             raise UserError(f"the tokenizer in {self.source} has no token that ends a document, such as <|endoftext|>")
         return found
 
+    @property
+    def document_start_id(self) -> int | None:
+        """The token that texts began with when the model was trained; None where the vocabulary names none."""
+        return self._first_control((self._named("bos_token"),))
+
     @cached_property
     def pad_id(self) -> int:
         """What fills rows; never read."""

@@ -25,6 +25,7 @@ VERBS = {
     "chat",
     "serve",
     "score",
+    "eval",
     "convert",
     "plan",
     "report",

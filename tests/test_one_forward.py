@@ -284,7 +284,7 @@ def test_the_engine_agrees_with_scoring(name: str) -> None:
     assert engine.scheduler.pools[0].held == 0
     assert sum(request.cached_tokens > 0 for request in asked) >= 4
     scored = Scorer(model).score([request.known for request in asked])
-    for request, line in zip(asked, scored, strict=True):
+    for request, (line, _) in zip(asked, scored, strict=True):
         assert request is left or len(request.tokens) == request.max_tokens
         expected = np.asarray(line[len(request.prompt) :], dtype=np.float64)
         np.testing.assert_allclose(request.logprobs, expected, atol=1e-4)

@@ -58,8 +58,8 @@ def by_hand(model, row: list[int]) -> list[float]:
 def test_scores_are_teacher_forced(batch_tokens: int, directory: Path) -> None:
     model, rows = model_at(directory), rows_of(48)
     found = Scorer(model, batch_tokens).score(rows)
-    for row, logprobs in zip(rows, found, strict=True):
-        assert len(logprobs) == len(row)
+    for row, (logprobs, best) in zip(rows, found, strict=True):
+        assert len(logprobs) == len(best) == len(row)
         assert logprobs[0] is None
         np.testing.assert_allclose(np.array(logprobs[1:], float), by_hand(model, row), atol=1e-5)
 

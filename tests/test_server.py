@@ -79,7 +79,7 @@ def test_an_echo_has_the_log_probabilities_of_scoring(
     asked = {"model": "tiny", "prompt": text, "max_tokens": 0, "logprobs": 2, "echo": True}
     (again,) = raw.post("/v1/completions", json=asked).json()["choices"]
     assert again["text"] == text
-    (scored,) = Scorer(engine.model).score([prompt])
+    ((scored, _),) = Scorer(engine.model).score([prompt])
     found, tops = again["logprobs"]["token_logprobs"], again["logprobs"]["top_logprobs"]
     assert found[0] is tops[0] is scored[0] is None
     np.testing.assert_allclose(found[1:], np.asarray(scored[1:], dtype=np.float64), atol=1e-4)
@@ -130,7 +130,7 @@ def test_the_token_that_ends_a_text_has_a_log_probability(
     assert choice.finish_reason == "stop" and choice.text == ""
     assert choice.logprobs is not None
     assert choice.logprobs.tokens == [tokenizer.token_bytes(end).decode()]
-    (scored,) = Scorer(engine.model).score([[*prompt, end]])
+    ((scored, _),) = Scorer(engine.model).score([[*prompt, end]])
     assert choice.logprobs.token_logprobs == pytest.approx(scored[-1:], abs=1e-4)
     assert choice.logprobs.text_offset == [0]
 

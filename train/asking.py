@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,10 +15,12 @@ SECONDS = 60.0
 """That an answer may take."""
 LONGEST_WAIT = 60.0
 """Seconds between two tries."""
+KEYS = "QMAX_ENDPOINT_KEY", "OPENAI_API_KEY"
+"""Variables of the environment, the first of which that is set is the key shown to an endpoint."""
 
 
 class Endpoint:
-    """Where a model is asked, in a `with` block that its connections last for.
+    """Where a model is asked, in a `with` block that its connections last for; keys are those of `KEYS`.
 
     failures: how often it did not answer, or not as it should.
 
@@ -34,7 +37,9 @@ class Endpoint:
         self.failures = 0
 
     def __enter__(self) -> Endpoint:
-        self._client = self._given or httpx.Client(timeout=SECONDS)
+        key = next((os.environ[name] for name in KEYS if os.environ.get(name)), "")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = self._given or httpx.Client(timeout=SECONDS, headers=headers)
         return self
 
     def __exit__(self, *_: object) -> None:

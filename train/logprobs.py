@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from model.forward import unembed
 from model.transformer import Transformer
@@ -21,12 +21,13 @@ class TokenScores:
     """Of each target, float32.
 
     logprob_BT: its log-probability. tempered_BT: the same of the distribution at the temperature asked for.
-    entropy_BT: of that distribution, in nats; without a gradient.
+    entropy_BT: of that distribution, in nats; without a gradient. best_BT: no token is more likely; bool.
     """
 
     logprob_BT: Float[Array, "B T"]
     tempered_BT: Float[Array, "B T"]
     entropy_BT: Float[Array, "B T"]
+    best_BT: Bool[Array, "B T"]
 
 
 def score_targets(
@@ -48,6 +49,7 @@ def score_targets(
         log_z = jax.nn.logsumexp(warm, axis=-1)
         tempered = picked / temperature - log_z if temperature != 1 else logprob
         mean = jnp.sum(jax.nn.softmax(warm, axis=-1) * warm, axis=-1)
-        return TokenScores(logprob, tempered, jax.lax.stop_gradient(log_z - mean))
+        best = picked >= logits.max(-1)
+        return TokenScores(logprob, tempered, jax.lax.stop_gradient(log_z - mean), best)
 
     return in_chunks(chunk, (hidden_BTD, targets_BT), size)

@@ -96,6 +96,27 @@ def line_chart(
     return _figure(title + (", log scale" if log else ""), "".join(parts), HEIGHT, legend, marks)
 
 
+def bar_chart(title: str, bars: Sequence[tuple[str, float, float]], show: Callable[[float], str] = short) -> str:
+    """A figure with a bar for each (name, value, half of its interval), from 0 or the lowest value on."""
+    if not bars:
+        return ""
+    most = max(value + max(half, 0.0) for _, value, half in bars)
+    across = _Scale(min(0.0, *(value - half for _, value, half in bars)), most or 1.0, 8, WIDTH - 40)
+    parts, height = [], 42
+    for row, (name, value, half) in enumerate(bars):
+        top, left = row * height, across(min(0.0, across.low))
+        words = f"{show(value)} ± {show(half)}" if half else show(value)
+        parts.append(_text(8, top + 14, f"{name}: {words}", "start"))
+        parts.append(
+            f'<rect class="c1 band" x="{left}" y="{top + 20}" width="{across(value) - left:.1f}" height="14"/>'
+        )
+        if half:
+            low, high, middle = across(value - half), across(value + half), top + 27
+            whisker = f"M{low} {middle}H{high}M{low} {middle - 5}v10M{high} {middle - 5}v10"
+            parts.append(f'<path class="c1 line" d="{whisker}"/>')
+    return _figure(title, "".join(parts), len(bars) * height + 6)
+
+
 def time_heat_map(
     title: str, steps: Sequence[float], rows: Sequence[Sequence[float]], labels: Sequence[str], share_of: str = ""
 ) -> str:

@@ -47,7 +47,7 @@ def score_main(argv: list[str]) -> int:
         ):
             for start in range(0, len(tokens), ROWS):
                 part = tokens[start : start + ROWS]
-                for row, logprobs in zip(part, scorer.score(part, bar.advance), strict=True):
+                for row, (logprobs, _) in zip(part, scorer.score(part, bar.advance), strict=True):
                     out.write(json.dumps({"tokens": row, "logprobs": logprobs}) + "\n")
                     nll -= sum(value for value in logprobs if value is not None)
                     scored += len(row) - 1

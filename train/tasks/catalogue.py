@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from errors import UserError, did_you_mean
 from train.tasks.arithmetic import Arithmetic
 from train.tasks.calls import Bfcl
+from train.tasks.choices import Arc, Ceval, HellaSwag, Mmlu
 from train.tasks.countdown import Countdown
 from train.tasks.instructions import IfEval
 from train.tasks.programs import HumanEval, Mbpp
 from train.tasks.questions import Aime, Gsm8k, Jsonl, Math, Translation
 from train.tasks.task import Task
+from train.tasks.texts import Lambada, Text, WikiText
 
 TASKS: dict[str, Any] = {
     task.name: task
@@ -21,17 +25,31 @@ TASKS: dict[str, Any] = {
 }
 
 
+LIKELIHOOD_TASKS: dict[str, Any] = {task.name: task for task in (Mmlu, Ceval, Arc, HellaSwag, Lambada, WikiText, Text)}
+"""Those that compare log-probabilities, and reward nothing."""
+
+
 def open_task(spec: str) -> Task:
-    """The task that a text names. Its options are the fields of its class.
+    """The task with replies to grade that a text names. Raises UserError, as `open_any` does."""
+    name = re.split("[:?]", spec)[0]
+    if name in LIKELIHOOD_TASKS:
+        raise UserError(
+            f"task {name!r} compares log-probabilities and grades no replies; take one of {', '.join(TASKS)}"
+        )
+    return open_any(spec, TASKS)
+
+
+def open_any(spec: str, among: Mapping[str, Any] = TASKS | LIKELIHOOD_TASKS) -> Any:
+    """The `Task` or `LikelihoodTask` that a text names. Its options are the fields of its class.
 
     Raises UserError for an unknown name or option, a value of another type, and what is wrong with the file.
     """
     head, _, tail = spec.partition("?")
     name, colon, path = head.partition(":")
-    if name not in TASKS:
-        raise UserError(f"there is no task {name!r}{did_you_mean(name, TASKS)}; there is {', '.join(TASKS)}")
-    fields = {field.name: field for field in dataclasses.fields(TASKS[name])}
-    kinds = typing.get_type_hints(TASKS[name])
+    if name not in among:
+        raise UserError(f"there is no task {name!r}{did_you_mean(name, among)}; there is {', '.join(among)}")
+    fields = {field.name: field for field in dataclasses.fields(among[name])}
+    kinds = typing.get_type_hints(among[name])
     values: dict[str, Any] = {}
     if "path" in fields:
         values["path"] = path
@@ -46,7 +64,7 @@ def open_task(spec: str) -> Task:
         if not equals:
             raise UserError(f"option {key!r} of task {name!r} has no value; write {key}=VALUE")
         values[key] = parsed(text, options[key], f"option {key!r} of task {name!r}")
-    return TASKS[name](**values)
+    return among[name](**values)
 
 
 def parsed(text: str, kind: Any, what: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 import textwrap
@@ -111,3 +112,13 @@ class HumanEval(ProgramTask):
         else:
             body = code
         return passes(f"{prompt}{body}\n{problem.answer['test']}\ncheck({entry})", self.seconds)
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """The chance that one of k samples is right, of which `samples` were drawn and `right` of them are; without bias.
+
+    Chen et al. 2021 (arXiv 2107.03374), equation 1: 1 - C(n - c, k) / C(n, k), as a product that cannot overflow.
+    """
+    if samples - right < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / n for n in range(samples - right + 1, samples + 1))

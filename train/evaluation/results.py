@@ -1,0 +1,124 @@
+"""Results: `results.json` of one model, tables and a plot of several."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from terminal import write_json
+from train.evaluation.measuring import Result
+from train.report_plots import bar_chart
+from train.report_style import STYLE
+
+NAME = "results.json"
+
+
+def write_results(out: Path, model: str, fingerprint: str, results: Sequence[Result]) -> dict[str, Any]:
+    """Adds results to those that `out` has of the same model, and gives all of them."""
+    path = out / NAME
+    known = read_results(out) if path.exists() else {}
+    tasks = known["tasks"] if known.get("fingerprint") == fingerprint else {}
+    from qmax import __version__
+
+    record = {
+        "model": model,
+        "fingerprint": fingerprint,
+        "qmax": __version__,
+        "tasks": tasks | {result.task: result.record for result in results},
+    }
+    write_json(path, record)
+    return record
+
+
+def read_results(place: Path) -> dict[str, Any]:
+    """The results of a directory or a file. Raises UserError where there are none."""
+    path = place / NAME if place.is_dir() else place
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found["tasks"], dict) and isinstance(found["model"], str):
+            return found
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} holds no results ({error}); `qmax eval` writes them") from error
+    raise UserError(f"{path} holds no results; `qmax eval` writes them")
+
+
+def rows_of_table(tasks: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
+    """task, metric, value, standard error, n: a row for each metric."""
+    return [
+        [name if first else "", metric, one["value"], one["stderr"], task["n"] if first else ""]
+        for name, task in tasks.items()
+        for first, (metric, one) in zip([True] + [False] * 99, task["metrics"].items(), strict=False)
+    ]
+
+
+def compare(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Header and rows of a table with a line for each task and a column for each model: score ± standard error."""
+    tasks = dict.fromkeys(name for record in records for name in record["tasks"])
+    rows = []
+    for name in tasks:
+        cells = []
+        for record in records:
+            task = record["tasks"].get(name)
+            cells.append("-" if task is None else shown(task["score"], task["stderr"]))
+        rows.append([name, *cells])
+    return ["task", *labels(records)], rows
+
+
+def shown(value: float | None, stderr: float | None) -> str:
+    """`0.512 ± 0.013`."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if stderr is None or math.isnan(stderr) else f"{value:.4g} ± {stderr:.2g}"
+
+
+def labels(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The models' names; with fingerprints where two are called the same."""
+    names = [record["model"] for record in records]
+    return [
+        f"{name} ({record['fingerprint'][:6]})" if names.count(name) > 1 else name
+        for name, record in zip(names, records, strict=True)
+    ]
+
+
+def comparison_charts(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One chart for each task: a bar with its 95 % interval for each model."""
+    tasks = dict.fromkeys(name for record in records for name in record["tasks"])
+    charts = []
+    for name in tasks:
+        having = [
+            (label, record["tasks"][name])
+            for label, record in zip(labels(records), records, strict=True)
+            if name in record["tasks"]
+        ]
+        metric = next(iter(having[0][1]["metrics"]))
+        bars = [(label, task["score"] or 0.0, 1.96 * (task["stderr"] or 0.0)) for label, task in having]
+        charts.append(bar_chart(f"{name}: {metric}", bars))
+    return charts
+
+
+def write_page(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """One page with the table and the charts, readable anywhere. Raises UserError where it cannot be written."""
+    header, rows = compare(records)
+    cells = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
+    head = "".join(f"<th>{escape(word)}</th>" for word in header)
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>Evaluation - qmax</title><style>{STYLE}</style></head>\n<body><header><h1>Evaluation</h1></header>"
+        f'<table class="grid-table"><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table>'
+        f"<main>{''.join(comparison_charts(records))}</main></body></html>\n"
+    )
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); name another place") from error
