@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DEVICES = "--xla_force_host_platform_device_count=8"
 QUICK = "--xla_backend_optimization_level=0"
 """Programs here are small, many, and run a few times: LLVM's optimisation would cost more than it saves."""
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+    QUICK += " --xla_cpu_use_fusion_emitters=false"  # the elder way, later gone, compiles in two thirds of the time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):  # the processes of pytest-xdist inherit it

@@ -143,8 +143,10 @@ def onto(shardings: Shardings, dtype: Any) -> Place:
     def place(name: str, view: np.ndarray) -> jax.Array:
         sharding = shardings[name]
         if len(sharding.device_set) == 1:
-            # A contiguous view would be shared, not copied, and the file may change under it.
-            array = jax.device_put(np.array(view) if view.flags.c_contiguous else view, sharding)
+            array = jax.device_put(view, sharding)
+            # A view that lies well is shared, not copied, and the file may change under it.
+            if array.dtype == dtype and array.unsafe_buffer_pointer() == view.ctypes.data:
+                array = jnp.copy(array)
         else:
             array = jax.make_array_from_callback(view.shape, sharding, lambda index: np.ascontiguousarray(view[index]))
         return array if array.dtype == dtype else jnp.astype(array, dtype)
