@@ -110,12 +110,18 @@ def _graded(
         return row | {"cut": reply.cut, "unfit": reply.unfit, "tokens": reply.tokens}
 
     waiting: dict[int, Future[dict[str, Any]]] = {}
-    for index, reply in who.replies(asked, settings) if asked else ():
-        waiting[index] = pool.submit(grade, asked[index], reply)
-        for done in [i for i, future in waiting.items() if future.done()]:
-            yield done, waiting.pop(done).result()
+    stopped: BaseException | None = None
+    try:
+        for index, reply in who.replies(asked, settings) if asked else ():
+            waiting[index] = pool.submit(grade, asked[index], reply)
+            for done in [i for i, future in waiting.items() if future.done()]:
+                yield done, waiting.pop(done).result()
+    except (Exception, KeyboardInterrupt) as error:  # what was said until then is graded and kept
+        stopped = error
     for index, future in waiting.items():
         yield index, future.result()
+    if stopped is not None:
+        raise stopped
 
 
 def _result(

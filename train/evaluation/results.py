@@ -78,11 +78,11 @@ def shown(value: float | None, stderr: float | None) -> str:
 
 
 def labels(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The models' names; with fingerprints where two are called the same."""
+    """The models' names, numbered where two are called the same."""
     names = [record["model"] for record in records]
     return [
-        f"{name} ({record['fingerprint'][:6]})" if names.count(name) > 1 else name
-        for name, record in zip(names, records, strict=True)
+        f"{name} ({names[: place + 1].count(name)})" if names.count(name) > 1 else name
+        for place, name in enumerate(names)
     ]
 
 

@@ -43,16 +43,12 @@ class LetteredChoices(Choices):
     forms: ClassVar[dict[str, Form]] = {"acc": "mean"}
     cue: ClassVar[str] = "Answer:"
 
-    def heading(self, row: dict[str, Any]) -> str:
-        """What stands before the question."""
-        return ""
-
     def item(self, row: dict[str, Any], where: str) -> Item:
         """As `LikelihoodFile` has it."""
         choices = choices_of(row, where)
         lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
         question = take(row, where, "question").strip()
-        context = self.heading(row) + "\n".join([question, *lines, self.cue])
+        context = "\n".join([question, *lines, self.cue])
         letters = tuple(Continuation(context, f" {letter}") for letter in LETTERS[: len(choices)])
         return Item(str(row.get("id", where)), letters, answer_of(row, where, len(choices)))
 
@@ -79,10 +75,6 @@ class Mmlu(LetteredChoices):
         subject = (named or self.subject).replace("_", " ")
         about = f" about {subject}" if subject else ""
         return f"The following are multiple choice questions (with answers){about}.\n\n"
-
-    def example(self, row: dict[str, Any], where: str) -> str:
-        """A solved row; the heading stands once, before the first."""
-        return super().example(row, where).removeprefix(self.heading(row))
 
 
 @dataclass(frozen=True)

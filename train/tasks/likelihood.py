@@ -132,6 +132,10 @@ class LikelihoodFile(ABC):
     def item(self, row: dict[str, Any], where: str) -> Item:
         """A row as an item, `where` as its id unless it brings one. UserError names the place."""
 
+    def heading(self, row: dict[str, Any]) -> str:
+        """What stands before a row and the solved ones."""
+        return ""
+
     def example(self, row: dict[str, Any], where: str) -> str:
         """A solved row as text: its context and the right continuation."""
         item = self.item(row, where)
@@ -147,8 +151,11 @@ class LikelihoodFile(ABC):
             if len(solved) < self.shots:
                 raise UserError(f"{self.shots_path} has {len(solved)} rows; lower shots={self.shots}")
             before = "".join(self.example(row, where) for row, where in solved[: self.shots])
-        found = (self.item(row, where) for row, where in rows_of(self.path))
-        return [replace(one, asked=tuple(Continuation(before + c, text) for c, text in one.asked)) for one in found]
+        found = []
+        for row, where in rows_of(self.path):
+            item, first = self.item(row, where), self.heading(row) + before
+            found.append(replace(item, asked=tuple(Continuation(first + c, text) for c, text in item.asked)))
+        return found
 
     def items(self, split: Split) -> Sequence[Item]:
         """As `LikelihoodTask` has it: a file is one split."""
