@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
+from scipy.special import expit
 
 from errors import UserError
 from train.asking import Endpoint
@@ -36,7 +37,7 @@ from train.evaluation.arena import (
     write_answer,
 )
 from train.evaluation.arena_files import markdown_counts, prompts
-from train.evaluation.arena_statistics import SCORES, fit_logistic, style_features
+from train.evaluation.arena_statistics import RIDGE, SCORES, fit_logistic, style_features
 
 MODEL, BASE = "mine", "o3-mini-2025-01-31"
 Judge = Callable[[str, str], str | int]
@@ -151,6 +152,15 @@ def test_a_judge_that_likes_length_gives_all_to_the_longer(tmp_path: Path) -> No
     assert arena_table(found, ANSWERS, BASELINE)["hard_prompt"]["score"] == 0
     controlled = arena_table(found, ANSWERS, BASELINE, style_control=True, rounds=50)["hard_prompt"]
     assert all(value is not None and math.isfinite(value) for value in controlled.values())
+
+
+def test_thoughts_of_a_judge_are_no_verdict(tmp_path: Path) -> None:
+    thinking = Stub(lambda a, b: "<think>[[B>>A]]?</think>No: [[A=B]]" if "short" in a else "<think>Perhaps [[A>>B]]")
+    found = judged(thinking, tmp_path / "j.jsonl", QUESTIONS[:1], tries=1)
+    assert [one and (one.score, one.judgment) for one in found[0].games] == [
+        (None, {"answer": ""}),
+        ("A=B", {"answer": "No: [[A=B]]"}),
+    ]
 
 
 def test_words_without_a_verdict_are_asked_for_again_counted_and_left_out(
@@ -448,7 +458,7 @@ def styled(seed: int, count: int) -> tuple[list[Judgment], dict[str, Answer], di
 
 
 def test_style_control_is_the_official_regression() -> None:
-    """Against another minimiser, over comparisons one by one and with a strength for each side, as the official code."""
+    """Against another minimiser, over comparisons one by one with a strength for each side, as the official code."""
     rows, ours, others = styled(1, 120)
     x, y = [], []
     for row in rows:
@@ -514,7 +524,7 @@ def test_coefficients_are_a_maximum_however_few_and_one_sided_the_verdicts(seed:
     total = random.integers(2, 7, count).astype(float)
     won = total * random.integers(0, 2, count)
     theta = fit_logistic(x, total, won, np.ones((1, count)))[0]
-    slope = x.T @ (won - total / (1 + np.exp(-x @ theta))) - 1e-6 * theta
+    slope = x.T @ (won - total * expit(x @ theta)) - RIDGE * theta
     assert np.abs(slope).max() < 1e-6
 
 

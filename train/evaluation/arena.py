@@ -3,7 +3,7 @@
     questions = read_questions("question.jsonl")
     answers = read_answers("model_answer/mine.jsonl")
     baseline = read_baseline(questions, ["model_answer/o3-mini-2025-01-31.jsonl"])
-    endpoint = Endpoint("http://host/v1", "judge", "gpt-4.1", seconds=JUDGE_SECONDS)
+    endpoint = Endpoint("http://host/v1", "judge", "gpt-4.1", seconds=JUDGE_SECONDS)  # or a client with a key
     judgments = judge_arena(questions, answers, baseline, endpoint, Path("model_judgment/gpt-4.1/mine.jsonl"))
     table = arena_table(judgments, answers, baseline)
 
@@ -38,6 +38,7 @@ from train.evaluation.arena_files import (
     write_answer,
 )
 from train.evaluation.arena_statistics import SCORES, arena_table, battles
+from train.tasks.task import spoken
 
 __all__ = [
     "JUDGE_SECONDS",
@@ -116,7 +117,7 @@ def _play(endpoint: Endpoint, talk: list[dict[str, Any]], tries: int, max_tokens
     def once() -> str:
         body = {"messages": talk, "temperature": AGAIN if said else 0.0, "max_tokens": max_tokens}
         content = endpoint.post("chat/completions", body)["choices"][0]["message"]["content"]
-        said.append(content if isinstance(content, str) else "")  # null where thoughts took all tokens
+        said.append(spoken(content) if isinstance(content, str) else "")  # null where thoughts took all tokens
         verdict = verdict_of(said[-1])
         if verdict is None:
             raise ValueError(f"no verdict in {said[-1][-80:]!r}")

@@ -29,12 +29,12 @@ SCORES = {
 """Of a verdict what A wins in each of the comparisons that it counts for."""
 INTERVAL = (0.025, 0.975)
 """Quantiles of the bootstrap that the interval lies between: 95 %."""
-RIDGE = 1e-6
+RIDGE = 1e-5
 """Weight of the squared coefficients: far below what a single comparison moves, it keeps a model that wins or loses
 every comparison from a coefficient without end."""
 PLAIN = ("score", "low", "high")
 ALIKE = ("equal_style", "equal_style_low", "equal_style_high")
-STEPS, CLOSE = 300, 1e-9
+STEPS, CLOSE = 300, 1e-7
 """Newton's steps at most, and the size of one that is none."""
 
 
