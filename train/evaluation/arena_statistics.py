@@ -66,9 +66,9 @@ def arena_table(
 
     With `style_control` `score` is sigmoid(c) of the logistic regression  won ~ c + w z  over all comparisons, where z
     are features of style (`style_features`), standardised over the comparisons: the official definition (Bradley-Terry,
-    the baseline anchored at 1/2) for one model. It stands for that model's own mean style, so a model that is always
-    longer keeps what that brings. `equal_style` (`equal_style_low`, `_high`) is the same regression where both answers
-    have the same style.
+    the baseline anchored at 1/2) for one model, at the maximum, which the official minimiser does not quite reach. It
+    stands for that model's own mean style, so a model that is always longer keeps what that brings. `equal_style`
+    (`equal_style_low`, `_high`) is the same regression where both answers have the same style.
 
     Values are None where no question of a category counts.
 
