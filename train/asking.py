@@ -12,15 +12,15 @@ import httpx
 T = TypeVar("T")
 
 SECONDS = 60.0
-"""That an answer may take."""
+"""That an answer may take, unless the caller says otherwise."""
 LONGEST_WAIT = 60.0
 """Seconds between two tries."""
-KEYS = "QMAX_ENDPOINT_KEY", "OPENAI_API_KEY"
-"""Variables of the environment, the first of which that is set is the key shown to an endpoint."""
 
 
 class Endpoint:
-    """Where a model is asked, in a `with` block that its connections last for; keys are those of `KEYS`.
+    """Where a model is asked, in a `with` block that its connections last for.
+
+    It is shown the key that the environment has as QMAX_JUDGE_KEY (or _TEACHER_, _MODEL_: its part), else OPENAI_API_KEY.
 
     failures: how often it did not answer, or not as it should.
 
@@ -29,17 +29,21 @@ class Endpoint:
         what: the model's part in the run, in a word.
         model: the name to ask for; empty for the endpoint's first.
         client: to ask with; it is not closed.
+        seconds: that an answer may take, where no client is given.
     """
 
-    def __init__(self, url: str, what: str, model: str = "", client: httpx.Client | None = None):
-        self.url, self._what, self._model = url.rstrip("/"), what, model
+    def __init__(
+        self, url: str, what: str, model: str = "", client: httpx.Client | None = None, seconds: float = SECONDS
+    ):
+        self.url, self._what, self._model, self._seconds = url.rstrip("/"), what, model, seconds
         self._given = self._client = client
         self.failures = 0
 
     def __enter__(self) -> Endpoint:
-        key = next((os.environ[name] for name in KEYS if os.environ.get(name)), "")
+        names = (f"QMAX_{self._what.upper()}_KEY", "OPENAI_API_KEY")
+        key = next((os.environ[name] for name in names if os.environ.get(name)), "")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._client = self._given or httpx.Client(timeout=SECONDS, headers=headers)
+        self._client = self._given or httpx.Client(timeout=self._seconds, headers=headers)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -49,7 +53,7 @@ class Endpoint:
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """The answer to `body`. Raises httpx.HTTPError or ValueError where there is none."""
-        body = {**body, "model": self._model or self._first_model()}
+        body = {**body, "model": self.name()}
         assert self._client is not None
         return self._client.post(f"{self.url}/{path}", json=body).raise_for_status().json()
 
@@ -71,6 +75,9 @@ class Endpoint:
                     print(f"the {self._what} at {self.url} does not answer ({error}); asking again", flush=True)
                 time.sleep(min(2.0 ** (tried - 2), LONGEST_WAIT))
 
-    def _first_model(self) -> str:
+    def name(self) -> str:
+        """The model that is asked. Raises as `post` does, and LookupError, where the endpoint has to name it."""
+        if self._model:
+            return self._model
         assert self._client is not None
         return self._client.get(f"{self.url}/models").raise_for_status().json()["data"][0]["id"]

@@ -79,7 +79,7 @@ def make_parser() -> Parser:
     whom.add_argument(
         "--endpoint",
         metavar="URL",
-        help="OpenAI-compatible, with the version: http://host/v1; the key is in QMAX_ENDPOINT_KEY or OPENAI_API_KEY",
+        help="OpenAI-compatible, with the version: http://host/v1; its key is taken from QMAX_MODEL_KEY or OPENAI_API_KEY",
     )
     whom.add_argument(
         "--endpoint-model", default="", metavar="NAME", help="the model to ask for there (default: its first)"
