@@ -18,6 +18,7 @@ import qmax
 from model.load import load_model
 from terminal import progress_bar
 from train.evaluation.answerer import Ask, Reply, Settings, Tell
+from train.evaluation.arena_task import ArenaHard, Judge, measure_arena
 from train.evaluation.local import Local, fingerprint
 from train.evaluation.measuring import measure_likelihoods, measure_replies
 from train.evaluation.pieces import make_pieces
@@ -373,3 +374,32 @@ def test_calls_and_thoughts_are_written_back() -> None:
     assert text_of({"content": None, "reasoning": "so", "tool_calls": [call]}) == (
         '<think>\nso\n</think>\n\n\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
     )
+
+
+# ---- judged answers ---------------------------------------------------------------------------------
+def test_arena_hard_is_answered_and_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = [{"uid": f"q{n}", "category": "hard_prompt", "subcategory": "", "prompt": f"{n}?"} for n in range(4)]
+    path = write(tmp_path / "question.jsonl", questions)
+    said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": {"answer": "base"}}]
+    base = [{"uid": one["uid"], "model": "o3-mini-2025-01-31", "messages": said} for one in questions]
+    task = ArenaHard(str(path), str(write(tmp_path / "base.jsonl", base)))
+    verdicts: list[str] = []
+
+    def judge(request: httpx.Request) -> httpx.Response:
+        asked = json.loads(request.content)["messages"][-1]["content"]
+        verdicts.append("[[B>A]]" if asked.index("base") < asked.index("good") else "[[A>B]]")
+        message = {"content": f"My final verdict is {verdicts[-1]}"}
+        return httpx.Response(200, json={"choices": [{"message": message}]})
+
+    client = httpx.Client(transport=httpx.MockTransport(judge))
+    monkeypatch.setattr(httpx, "Client", lambda **_: client)
+    who = Told({f"{n}?": "good" for n in range(4)})
+
+    def measured() -> Any:
+        with progress_bar("test", None) as bar:
+            return measure_arena("arena", task, who, Settings(), Judge("http://j/v1", "j", 2), 3, tmp_path / "out", bar)
+
+    found = measured()
+    assert (found.n, found.score.value, who.asked, len(verdicts)) == (3, 1.0, 3, 6)
+    assert measured().score == found.score and (who.asked, len(verdicts)) == (3, 6), "nothing is asked twice"
+    assert len(list((tmp_path / "out").glob("model_*/**/*.jsonl"))) == 2

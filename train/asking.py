@@ -20,7 +20,8 @@ LONGEST_WAIT = 60.0
 class Endpoint:
     """Where a model is asked, in a `with` block that its connections last for.
 
-    It is shown the key that the environment has as QMAX_JUDGE_KEY (or _TEACHER_, _MODEL_: its part), else OPENAI_API_KEY.
+    It is shown the key in the environment's QMAX_JUDGE_KEY (_TEACHER_, _MODEL_: its part in the run), else that in
+    OPENAI_API_KEY.
 
     failures: how often it did not answer, or not as it should.
 

@@ -14,6 +14,8 @@ from train.asking import Endpoint
 from train.evaluation.answerer import Ask, Reply, Settings, Tell
 from train.tasks.likelihood import Continuation, Likelihood
 
+SECONDS = 1800.0
+"""That a reply may take: a model may think for long."""
 TRIES = 6
 """Times that a request is made before the evaluation stops; what has come until then is kept."""
 MENDABLE = (408, 409, 425, 429)
@@ -31,7 +33,7 @@ class Remote:
     """
 
     def __init__(self, url: str, model: str = "", *, workers: int = 16, client: httpx.Client | None = None):
-        self._endpoint, self._workers = Endpoint(url, "model", model, client), workers
+        self._endpoint, self._workers = Endpoint(url, "model", model, client, SECONDS), workers
         self.name = f"{model or 'the first model'} at {url}"
         self.fingerprint: str = f"{url} {model}"
 

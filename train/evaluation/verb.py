@@ -14,7 +14,43 @@ from terminal import Parser, print_table, progress_bar, write_json
 
 if TYPE_CHECKING:
     from train.evaluation.answerer import Answerer, Settings
+    from train.evaluation.arena_task import Judge
     from train.evaluation.measuring import Result
+
+
+OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {
+    "": [
+        ("--tasks", str, None, "tasks, with their files and options, separated by commas"),
+        ("--limit", int, None, "the first N problems of each task; all without it"),
+        ("--out", Path, None, "results and rows; without it MODEL/eval of a run, else runs/eval/NAME"),
+    ],
+    "a model elsewhere": [
+        ("--endpoint", str, None, "OpenAI-compatible: http://host/v1; its key: QMAX_MODEL_KEY or OPENAI_API_KEY"),
+        ("--endpoint-model", str, "", "the model to ask for there; without it its first"),
+        ("--workers", int, 16, "requests at the same time, to the judge too"),
+    ],
+    "who judges answers (arena_hard)": [
+        ("--judge", str, None, "OpenAI-compatible: http://host/v1; its key: QMAX_JUDGE_KEY or OPENAI_API_KEY"),
+        ("--judge-model", str, "", "the model to ask for there; without it its first"),
+    ],
+    "how replies are drawn": [
+        ("--max-tokens", int, 1024, "longest reply"),
+        ("--temperature", float, 0.0, "0 takes the most likely token always"),
+        ("--top-p", float, 1.0, "draw from the most likely tokens that make up this probability"),
+        ("--samples", int, 1, "replies to each problem; several give pass@k"),
+        ("--seed", int, 0, "of the first reply to a problem"),
+        ("--no-thinking", bool, False, "ask for the answer without thinking first"),
+        ("--system", str, "", "instruction that stands before every problem"),
+    ],
+    "this machine": [
+        ("--slots", int, None, "replies that are drawn together; without it 16 on a CPU, else 128"),
+        ("--batch-tokens", int, 4096, "positions that are scored together"),
+    ],
+}
+"""Options by group: flag, type, default, what it says."""
+METAVARS = {"--tasks": "A,B", "--out": "DIR", "--endpoint": "URL", "--judge": "URL"} | dict.fromkeys(
+    ("--endpoint-model", "--judge-model"), "NAME"
+)
 
 
 def eval_main(argv: list[str]) -> int:
@@ -30,16 +66,21 @@ def eval_main(argv: list[str]) -> int:
         raise UserError(f"--limit {args.limit} must be 1 or more")
     from sharding.runtime import configure_jax
     from train.evaluation.answerer import Settings
-    from train.tasks.catalogue import open_any
+    from train.evaluation.arena_task import ArenaHard, Judge
+    from train.tasks.catalogue import ALL, open_any
 
     drawn = {name: getattr(args, name) for name in ("temperature", "top_p", "max_tokens", "samples", "seed", "system")}
     settings = Settings(**drawn, thinking=not args.no_thinking)
     names = split_names(args.tasks)
-    tasks = [(name, open_any(name)) for name in names]  # before the model is loaded: what is misspelt is found at once
+    known = ALL | {ArenaHard.name: ArenaHard}
+    tasks = [(name, open_any(name, known)) for name in names]  # before the model is loaded: what is misspelt is found
+    if any(isinstance(task, ArenaHard) for _, task in tasks) and not args.judge:
+        raise UserError("task 'arena_hard' needs a judge; give --judge URL and --judge-model NAME")
+    judge = Judge(args.judge or "", args.judge_model, args.workers)
     configure_jax()
     out = args.out or default_place(args)
     who = make_answerer(args)
-    results = [measure(name, task, who, settings, args.limit, out) for name, task in tasks]
+    results = [measure(name, task, who, settings, judge, args.limit, out) for name, task in tasks]
     from train.evaluation.results import rows_of_table, write_results
 
     record = write_results(out, who.name, who.fingerprint, results)
@@ -64,77 +105,23 @@ def make_parser() -> Parser:
             "qmax eval models/Qwen3-0.6B --tasks mmlu:mmlu_test.jsonl,gsm8k:gsm8k_test.jsonl --limit 200 --no-thinking",
             "qmax eval models/Qwen3-0.6B --tasks humaneval:HumanEval.jsonl.gz --samples 10 --temperature 0.6",
             "qmax eval --endpoint http://127.0.0.1:8000/v1 --tasks gsm8k:gsm8k_test.jsonl",
+            "qmax eval runs/demo/sft --tasks 'arena_hard:question.jsonl?baseline=o3-mini.jsonl' --judge http://host/v1",
             "qmax eval --compare runs/a/eval runs/b/eval --page comparison.html",
         ],
     )
-    parser.add_argument(
-        "model", nargs="?", type=Path, metavar="MODEL", help="run or model directory, .gguf or .bin file"
-    )
-    parser.add_argument("--tasks", metavar="A,B", help="tasks, with their files and options, separated by commas")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N problems of each task (default: all)")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="results and rows (default: MODEL/eval of a run, else runs/eval/NAME)"
-    )
-    whom = parser.add_argument_group("a model elsewhere")
-    whom.add_argument(
-        "--endpoint",
-        metavar="URL",
-        help="OpenAI-compatible, with the version: http://host/v1; its key is taken from QMAX_MODEL_KEY or OPENAI_API_KEY",
-    )
-    whom.add_argument(
-        "--endpoint-model", default="", metavar="NAME", help="the model to ask for there (default: its first)"
-    )
-    whom.add_argument(
-        "--workers", type=int, default=16, metavar="N", help="requests at the same time (default: %(default)s)"
-    )
-    drawing = parser.add_argument_group("how replies are drawn")
-    drawing.add_argument(
-        "--max-tokens", type=int, default=1024, metavar="N", help="longest reply (default: %(default)s)"
-    )
-    drawing.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="0 takes the most likely token always (default: %(default)s)",
-    )
-    drawing.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="draw from the most likely tokens that make up this probability (default: %(default)s)",
-    )
-    drawing.add_argument(
-        "--samples",
-        type=int,
-        default=1,
-        metavar="N",
-        help="replies to each problem; gives pass@k (default: %(default)s)",
-    )
-    drawing.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the first reply to a problem (default: %(default)s)"
-    )
-    drawing.add_argument("--no-thinking", action="store_true", help="ask for the answer without thinking first")
-    drawing.add_argument("--system", default="", metavar="TEXT", help="instruction that stands before every problem")
-    machine = parser.add_argument_group("this machine")
-    machine.add_argument(
-        "--slots", type=int, metavar="N", help="replies that are drawn together (default: 16 on a CPU, else 128)"
-    )
-    machine.add_argument(
-        "--batch-tokens",
-        type=int,
-        default=4096,
-        metavar="N",
-        help="positions that are scored together (default: %(default)s)",
-    )
+    parser.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="run or model directory, .gguf, .bin")
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title) if title else parser
+        for flag, kind, default, words in options:
+            if kind is bool:
+                group.add_argument(flag, action="store_true", help=words)
+                continue
+            metavar = METAVARS.get(flag) or {int: "N", float: "X"}.get(kind, "TEXT")
+            shown = "" if default in (None, "") else " (default: %(default)s)"
+            group.add_argument(flag, type=kind, default=default, metavar=metavar, help=words + shown)
     several = parser.add_argument_group("several results")
-    several.add_argument(
-        "--compare", nargs="+", type=Path, metavar="DIR", help="show results that were measured before, side by side"
-    )
-    several.add_argument(
-        "--page", type=Path, metavar="FILE", help="with --compare: write table and charts as one HTML page"
-    )
+    several.add_argument("--compare", nargs="+", type=Path, metavar="DIR", help="show earlier results side by side")
+    several.add_argument("--page", type=Path, metavar="FILE", help="with --compare: write an HTML page of them")
     parser.add_json()
     return parser
 
@@ -183,8 +170,11 @@ def make_answerer(args: argparse.Namespace) -> Answerer:
     return Local(args.model, slots=args.slots, batch_tokens=args.batch_tokens)
 
 
-def measure(name: str, task: Any, who: Answerer, settings: Settings, limit: int | None, out: Path) -> Result:
+def measure(
+    name: str, task: Any, who: Answerer, settings: Settings, judge: Judge, limit: int | None, out: Path
+) -> Result:
     """One task, with a bar."""
+    from train.evaluation.arena_task import ArenaHard, measure_arena
     from train.evaluation.measuring import measure_likelihoods, measure_replies
 
     rows = out / f"{file_name(name)}.jsonl"
@@ -192,6 +182,9 @@ def measure(name: str, task: Any, who: Answerer, settings: Settings, limit: int 
         total = sum(len(item.asked) for item in task.items("test")[:limit])
         with progress_bar(name, total, unit="continuations") as bar:
             return measure_likelihoods(name, task, who, limit, rows, bar)
+    if isinstance(task, ArenaHard):
+        with progress_bar(name, 2 * len(task.pairs(limit)[0]), unit="answers and judgments") as bar:
+            return measure_arena(name, task, who, settings, judge, limit, out, bar)
     total = len(task.problems("test")[:limit]) * settings.samples
     with progress_bar(name, total, unit="replies") as bar:
         return measure_replies(name, task, who, settings, limit, rows, bar)

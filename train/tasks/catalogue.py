@@ -29,6 +29,9 @@ LIKELIHOOD_TASKS: dict[str, Any] = {task.name: task for task in (Mmlu, Ceval, Ar
 """Those that compare log-probabilities, and reward nothing."""
 
 
+ALL = TASKS | LIKELIHOOD_TASKS
+
+
 def open_task(spec: str) -> Task:
     """The task with replies to grade that a text names. Raises UserError, as `open_any` does."""
     name = re.split("[:?]", spec)[0]
@@ -39,7 +42,7 @@ def open_task(spec: str) -> Task:
     return open_any(spec, TASKS)
 
 
-def open_any(spec: str, among: Mapping[str, Any] = TASKS | LIKELIHOOD_TASKS) -> Any:
+def open_any(spec: str, among: Mapping[str, Any] = ALL) -> Any:
     """The `Task` or `LikelihoodTask` that a text names. Its options are the fields of its class.
 
     Raises UserError for an unknown name or option, a value of another type, and what is wrong with the file.
