@@ -169,3 +169,60 @@ def test_replies_are_the_samplers(address: str, tokenizer_folder: Path, tmp_path
     )  # fmt: skip
     assert [one["resps"][0][0] for one in sorted(samples, key=lambda one: one["doc_id"])] == said
     assert results["exact_match,none"] == 0.5
+
+
+# ---- in this process ---------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "rows", "task"),
+    [
+        (
+            "arc",
+            [{"question": r["text"], "choices": [c.strip() for c in r["choices"]], "answer": r["gold"]} for r in ROWS],
+            {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer",
+             "doc_to_text": "Question: {{question}}\nAnswer:", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]},
+        ),
+        (
+            "lambada",
+            [{"text": f"{row['text']}{choice}"} for row in ROWS for choice in row["choices"]],
+            {"output_type": "loglikelihood", "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
+             "doc_to_target": "{{' '+text.split(' ')[-1]}}", "target_delimiter": "",
+             "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}]},
+        ),
+        (
+            "text",
+            [{"text": " ".join(row["text"] for row in ROWS) * times} for times in (1, 30)],
+            {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+             "metric_list": [{"metric": "bits_per_byte"}, {"metric": "byte_perplexity"}, {"metric": "word_perplexity"}]},
+        ),
+    ],
+)  # fmt: skip
+def test_the_harness_and_the_verb_agree(name: str, rows: list[Any], task: dict[str, Any], tmp_path: Path) -> None:
+    import train.evaluation.harness  # noqa: F401  # makes the harness know us
+
+    results, _ = measured("qmax", {"model": str(MODEL), "max_length": None}, tmp_path, rows, **task)
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out.json"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["eval", str(MODEL), "--tasks", f"{name}:{path}", "--out", str(tmp_path / "eval"), "--json", str(out)]
+    assert qmax.main(words) == 0
+    (ours,) = json.loads(out.read_text())["tasks"].values()
+    for metric, one in ours["metrics"].items():
+        assert results[f"{metric},none"] == pytest.approx(one["value"], rel=1e-5), metric
+
+
+def test_the_harness_gets_the_engines_replies(tmp_path: Path) -> None:
+    import train.evaluation.harness  # noqa: F401
+
+    model, tokenizer = load_model(MODEL)
+    prompts = [tokenizer.encode(row["text"]) for row in ROWS]
+    params = SamplingParams(temperature=0, max_tokens=WORDS)
+    said = []
+    for prompt, reply in zip(prompts, Engine(model, tokenizer).generate(prompts, params), strict=True):
+        text = tokenizer.decode([*prompt, *reply.content]).removeprefix(tokenizer.decode(prompt))
+        said.append(text.partition(".")[0])
+    rows = [{"text": row["text"], "said": text} for row, text in zip(ROWS, said, strict=True)]
+    results, _ = measured(
+        "qmax", {"model": str(MODEL)}, tmp_path, rows,
+        output_type="generate_until", doc_to_target="{{said}}", metric_list=[{"metric": "exact_match"}],
+        generation_kwargs={"until": ["."], "max_gen_toks": WORDS, "temperature": 0, "do_sample": False},
+    )  # fmt: skip
+    assert results["exact_match,none"] == 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
@@ -16,8 +16,9 @@ from model.load import load_model
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from serve.engine import Engine
-from serve.request import Request
+from serve.request import Completion, Request
 from serve.sampling_params import MAX_SEED, SamplingParams
+from serve.text import ReplyText
 from sharding.mesh import platform
 from train.evaluation.answerer import Ask, Reply, Settings, Tell
 from train.evaluation.pieces import Pieces, make_pieces
@@ -42,14 +43,14 @@ class Local:
 
     def __init__(self, path: str | Path, *, slots: int | None = None, batch_tokens: int = 4096):
         self.name = str(path)
-        self._model, self._tokenizer = load_model(path)
+        self._model, self.tokenizer = load_model(path)
         self._slots = slots or SLOTS.get(platform(), SLOTS["other"])
         self._batch_tokens = batch_tokens
-        self.fingerprint: str = fingerprint(self._model, self._tokenizer)
+        self.fingerprint: str = fingerprint(self._model, self.tokenizer)
 
     @cached_property
     def _engine(self) -> Engine:
-        return Engine(self._model, self._tokenizer, slots=self._slots)
+        return Engine(self._model, self.tokenizer, slots=self._slots)
 
     @cached_property
     def _scorer(self) -> Scorer:
@@ -60,7 +61,7 @@ class Local:
         engine, waiting = self._engine, dict[int, Request]()
         for index, (problem, seed) in enumerate(asked):
             before = [{"role": "system", "content": settings.system}] if settings.system else []
-            prompt = self._tokenizer.encode_chat(
+            prompt = self.tokenizer.encode_chat(
                 [*before, *problem.prompt],
                 tools=problem.tools,
                 add_generation_prompt=True,
@@ -76,23 +77,49 @@ class Local:
                 seed=seed % MAX_SEED,
             )
             waiting[index] = engine.request(prompt, params, f"problem {problem.id}")
+        for index, found in self._drawn(waiting):
+            text = self.tokenizer.decode(found.content, skip_specials=True)
+            yield index, Reply(text, cut=found.finish_reason != "stop", tokens=len(found.tokens))
+
+    def _drawn(self, waiting: dict[int, Request]) -> Iterator[tuple[int, Completion]]:
+        """Runs requests together, and gives each as it ends; those left when nobody listens are dropped."""
         for request in waiting.values():
-            engine.submit(request)
+            self._engine.submit(request)
         try:
             while waiting:
-                engine.step()
+                self._engine.step()
                 for index in [i for i, request in waiting.items() if request.finish_reason is not None]:
-                    found = waiting.pop(index).completion
-                    text = self._tokenizer.decode(found.content, skip_specials=True)
-                    yield index, Reply(text, cut=found.finish_reason != "stop", tokens=len(found.tokens))
+                    yield index, waiting.pop(index).completion
         finally:
             for request in waiting.values():
+                self._engine.abort(request)
+
+    def continuations(
+        self, texts: Sequence[str], sampling: Sequence[SamplingParams], stops: Sequence[Sequence[str]]
+    ) -> list[str]:
+        """What follows texts, up to the first stop string; control tokens in a text are what they look like."""
+        engine, waiting, said = self._engine, dict[int, Request](), list[ReplyText]()
+        found = [""] * len(texts)
+
+        def listen(index: int, request: Request, token: int, _: float) -> None:
+            if token not in request.stop_ids:
+                found[index] += said[index].push(token)
+            if said[index].stopped_by is not None:
                 engine.abort(request)
+
+        for index, (text, params, stop) in enumerate(zip(texts, sampling, stops, strict=True)):
+            room = engine.context - params.max_tokens
+            prompt = self.tokenizer.encode(text, specials=True)[-max(room, 1) :]
+            said.append(ReplyText(self.tokenizer, prompt, stop))
+            waiting[index] = engine.request(prompt, params, f"text {index + 1}", on_token=partial(listen, index))
+        for index, _ in self._drawn(waiting):
+            found[index] += said[index].finish()
+        return found
 
     def likelihoods(self, asked: Sequence[Continuation], tell: Tell) -> list[Likelihood]:
         """As `Answerer` has it. One token after a context that others share costs nothing beside them."""
-        prefix, most = prefix_token(self._tokenizer), self._model.config.max_positions
-        pieces = [make_pieces(self._tokenizer, one, prefix, most) for one in asked]
+        prefix, most = prefix_token(self.tokenizer), self._model.config.max_positions
+        pieces = [make_pieces(self.tokenizer, one, prefix, most) for one in asked]
         found: list[Likelihood | None] = [None] * len(asked)
         short = [i for i, one in enumerate(pieces) if one.single]
         self._weigh_next(pieces, short, found, tell)
