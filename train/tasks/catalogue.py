@@ -10,6 +10,7 @@ from errors import UserError, did_you_mean
 from train.tasks.arithmetic import Arithmetic
 from train.tasks.calls import Bfcl
 from train.tasks.countdown import Countdown
+from train.tasks.exams import Ceval, Gpqa, MmluPro
 from train.tasks.instructions import IfEval
 from train.tasks.programs import HumanEval, Mbpp
 from train.tasks.questions import Aime, Gsm8k, Jsonl, Math, Translation
@@ -17,7 +18,10 @@ from train.tasks.task import Task
 
 TASKS: dict[str, Any] = {
     task.name: task
-    for task in (Arithmetic, Countdown, Gsm8k, Math, Aime, Mbpp, HumanEval, IfEval, Bfcl, Translation, Jsonl)
+    for task in (
+        *(Arithmetic, Countdown, Gsm8k, Math, Aime, Mbpp, HumanEval, IfEval, Bfcl, Translation, Jsonl),
+        *(MmluPro, Gpqa, Ceval),
+    )
 }
 
 
