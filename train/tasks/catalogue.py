@@ -9,6 +9,7 @@ from typing import Any, Literal
 from errors import UserError, did_you_mean
 from train.tasks.arithmetic import Arithmetic
 from train.tasks.calls import Bfcl
+from train.tasks.contests import LiveCodeBench
 from train.tasks.countdown import Countdown
 from train.tasks.exams import Ceval, Gpqa, MmluPro
 from train.tasks.instructions import IfEval
@@ -20,7 +21,7 @@ TASKS: dict[str, Any] = {
     task.name: task
     for task in (
         *(Arithmetic, Countdown, Gsm8k, Math, Aime, Mbpp, HumanEval, IfEval, Bfcl, Translation, Jsonl),
-        *(MmluPro, Gpqa, Ceval),
+        *(MmluPro, Gpqa, Ceval, LiveCodeBench),
     )
 }
 

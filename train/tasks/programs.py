@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 import textwrap
@@ -38,6 +39,17 @@ def passes(program: str, seconds: float) -> Grade:
     if outcome.ok:
         return Grade(0.0, "it left before its tests, or printed too much")
     return Grade(0.0, f"{outcome.reason}: {last_line(outcome.stderr)}"[:300])
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that of `k` replies one is right, where `c` of `n` were: 1 - C(n - c, k) / C(n, k).
+
+    The unbiased estimate of Chen et al. 2021, arXiv 2107.03374, equation 1, as a product of ratios, none of which is
+    large. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@{k} of {c} right ones among {n} replies")
+    return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def rows_of(path: str) -> list[tuple[dict[str, Any], str]]:
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Rows of a table whose first line names the columns, all of them texts; a cell in quotes may have several lines."""
+    """Rows of a table whose first line names the columns, all of them texts; a quoted cell may have several lines."""
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, strict=True)
         line = 2
