@@ -14,7 +14,7 @@ import pytest
 
 from errors import UserError
 from train.tasks.catalogue import open_task
-from train.tasks.contests import LiveCodeBench, same_output, cases_of, unpacked
+from train.tasks.contests import LiveCodeBench, cases_of, same_output, unpacked
 from train.tasks.programs import pass_at_k
 from train.tasks.task import grade_safely
 
@@ -82,7 +82,9 @@ def test_programs_read_stdin_and_are_judged_by_what_they_print(code: str, note: 
 
 
 LOOP = "class Solution:\n    def pair(self, numbers: List[int], target: int) -> List[int]:\n"
-RIGHT = f"{LOOP}        return next([i, j] for i, j in combinations(range(len(numbers)), 2) if numbers[i] + numbers[j] == target)"
+RIGHT = f"""{LOOP}        for i, j in combinations(range(len(numbers)), 2):
+            if numbers[i] + numbers[j] == target:
+                return [i, j]"""
 
 
 @pytest.mark.parametrize(

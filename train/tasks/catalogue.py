@@ -12,7 +12,9 @@ from train.tasks.calls import Bfcl
 from train.tasks.contests import LiveCodeBench
 from train.tasks.countdown import Countdown
 from train.tasks.exams import Ceval, Gpqa, MmluPro
+from train.tasks.haystacks import Needle, Ruler
 from train.tasks.instructions import IfEval
+from train.tasks.livebench import LiveBench
 from train.tasks.programs import HumanEval, Mbpp
 from train.tasks.questions import Aime, Gsm8k, Jsonl, Math, Translation
 from train.tasks.task import Task
@@ -21,7 +23,7 @@ TASKS: dict[str, Any] = {
     task.name: task
     for task in (
         *(Arithmetic, Countdown, Gsm8k, Math, Aime, Mbpp, HumanEval, IfEval, Bfcl, Translation, Jsonl),
-        *(MmluPro, Gpqa, Ceval, LiveCodeBench),
+        *(MmluPro, Gpqa, Ceval, LiveCodeBench, LiveBench, Needle, Ruler),
     )
 }
 
