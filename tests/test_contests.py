@@ -49,7 +49,7 @@ def row(tests: list[Case], function: str = "", **changes: Any) -> dict[str, Any]
     } | changes
 
 
-def opened(folder: Path, *rows: dict[str, Any], options: str = "") -> LiveCodeBench:
+def opened(folder: Path, *rows: dict[str, Any], options: str = "") -> Any:
     file = folder / "test.jsonl"
     file.write_text("".join(json.dumps(value) + "\n" for value in rows), encoding="utf-8")
     task = open_task(f"livecodebench:{file}{options}")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import UserError
-from train.tasks.catalogue import open_task
+from train.tasks.catalogue import TASKS, open_task
 from train.tasks.exams import Ceval, Exam, Gpqa, MmluPro
 from train.tasks.task import Problem, Task, grade_safely
 
@@ -24,7 +24,7 @@ def jsonl(path: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
-def table(path: Path, columns: tuple[str, ...], *rows: tuple[str, ...]) -> Path:
+def csv_file(path: Path, columns: tuple[str, ...], *rows: tuple[str, ...]) -> Path:
     with path.open("w", encoding="utf-8", newline="") as stream:
         csv.writer(stream).writerows([columns, *rows])
     return path
@@ -110,7 +110,7 @@ def test_gpqa_reads_the_letter_as_its_script_does(reply: str, letter: str | None
 
 def test_gpqa_is_the_authors_table_with_the_same_order_for_ever(tmp_path: Path) -> None:
     rows = [(f'Why {i}?\nSay, "why".', f"right {i}", "wrong 1", "wrong 2", "wrong 3", f"rec{i}") for i in range(20)]
-    file = table(tmp_path / "gpqa_diamond.csv", GPQA, *rows)
+    file = csv_file(tmp_path / "gpqa_diamond.csv", GPQA, *rows)
     problems = open_task(f"gpqa:{file}").problems("test")
     assert [p.id for p in problems] == [f"rec{i}" for i in range(20)]
     assert 'Why 0?\nSay, "why".' in problems[0].prompt[0]["content"]
@@ -118,7 +118,7 @@ def test_gpqa_is_the_authors_table_with_the_same_order_for_ever(tmp_path: Path) 
         assert f"\n{problem.answer}. right {i}" in problem.prompt[0]["content"]
         assert sorted(line[3:] for line in problem.prompt[0]["content"].splitlines()[-4:])[0] == f"right {i}"
     assert {p.answer for p in problems} == set("ABCD")
-    turned = open_task(f"gpqa:{table(tmp_path / 'turned.csv', GPQA, *reversed(rows))}").problems("test")
+    turned = open_task(f"gpqa:{csv_file(tmp_path / 'turned.csv', GPQA, *reversed(rows))}").problems("test")
     assert [p.answer for p in turned][::-1] == [p.answer for p in problems]
     assert "".join(p.answer for p in problems[:8]) == "BCBAACBD"
 
@@ -150,12 +150,12 @@ def test_chinese_replies_are_read_by_the_known_wordings(reply: str, letter: str 
 
 
 def test_ceval_and_cmmlu_are_read_as_published(tmp_path: Path) -> None:
-    first = table(
+    first = csv_file(
         tmp_path / "val.csv",
         ("id", "question", "A", "B", "C", "D", "answer"),
         ("0", "1+1等于____", "1", "2", "3", "4", "B"),
     )
-    second = table(
+    second = csv_file(
         tmp_path / "cmmlu.csv",
         ("", "Question", "A", "B", "C", "D", "Answer"),
         ("0", "1+1等于", "1", "2", "3", "4", "B"),
@@ -209,3 +209,9 @@ def test_tables_of_another_form_are_refused_by_line(text: str, spec: str, messag
 @settings(max_examples=60, deadline=2000)
 def test_no_text_makes_a_grader_raise_or_take_long(kind: type[Exam], reply: str) -> None:
     assert object.__new__(kind).grade(Problem("p", [], "A"), reply).score in (0, 1)
+
+
+def test_every_task_of_the_catalogue_is_in_the_table() -> None:
+    page = (Path(__file__).parent.parent / "train" / "tasks" / "README.md").read_text(encoding="utf-8")
+    table = "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    assert [name for name in TASKS if f"`{name}`" not in table] == []

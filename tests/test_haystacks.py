@@ -55,7 +55,7 @@ def test_texts_have_their_length_and_right_replies_a_full_score(spec: str, lengt
 
 def test_problems_are_the_same_for_ever() -> None:
     assert [p.answer for p in open_task("needle?size=2").problems("test")] == [["7448625"], ["2937725"]]
-    assert open_task("ruler?kind=vt&size=1").problems("test")[0].answer == ["?"]
+    assert open_task("ruler?kind=vt&size=1").problems("test")[0].answer[:2] == ["ARCLR", "IIFMN"]
 
 
 def test_the_needle_lies_as_deep_as_is_said() -> None:

@@ -32,7 +32,7 @@ def row(task: str, truth: Any, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def opened(folder: Path, *rows: dict[str, Any], options: str = "") -> LiveBench:
+def opened(folder: Path, *rows: dict[str, Any], options: str = "") -> Any:
     file = folder / "question.jsonl"
     file.write_text("".join(json.dumps(value) + "\n" for value in rows), encoding="utf-8")
     task = open_task(f"livebench:{file}{options}")

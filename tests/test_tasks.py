@@ -94,13 +94,22 @@ def test_programs_pass_with_the_solutions_and_fail_without(name: str) -> None:
         row.get("prompt", "") * (name == "humaneval") + row.get("canonical_solution", row.get("code"))
         for row in rows(FILES[name])
     ]
-    assert scores(
-        task, [f"Like this:\n```python\n{code}\n```\nand use it:\n```python\nprint(1)\n```" for code in whole]
-    ) == [1, 1]
-    assert scores(task, whole) == [1, 1]
-    assert scores(task, ["```python\nimport sys; sys.exit(0)\n```", "    raise SystemExit"]) == [0, 0]
+    fenced = [f"Like this:\n```python\n{code}\n```\nand use it:\n```python\nprint(1)\n```" for code in whole]
+    assert scores(task, fenced) == scores(task, whole) == [1] * len(whole)
+    leaving = ["```python\nimport sys; sys.exit(0)\n```", "    raise SystemExit", "", "    pass", "return"]
+    assert max(scores(task, leaving[: len(whole)])) == 0
     if name == "humaneval":
-        assert scores(task, [row["canonical_solution"] for row in rows(FILES[name])]) == [1, 1]
+        solutions = [row["canonical_solution"] for row in rows(FILES[name])]
+        assert scores(task, solutions) == [1] * len(solutions)
+        changes = [
+            ("elem - elem2", "elem + elem2"),
+            ("== 0", "== 1"),
+            ("a % b", "a - b"),
+            ("False", "True"),
+            ("n - 2", "n - 3"),
+        ]
+        changed = [code.replace(*change) for code, change in zip(solutions, changes, strict=True)]
+        assert max(scores(open_task(f"{name}:{DATA / FILES[name]}?seconds=3"), changed)) == 0
 
 
 def test_programs_need_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
