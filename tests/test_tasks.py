@@ -101,15 +101,9 @@ def test_programs_pass_with_the_solutions_and_fail_without(name: str) -> None:
     if name == "humaneval":
         solutions = [row["canonical_solution"] for row in rows(FILES[name])]
         assert scores(task, solutions) == [1] * len(solutions)
-        changes = [
-            ("elem - elem2", "elem + elem2"),
-            ("== 0", "== 1"),
-            ("a % b", "a - b"),
-            ("False", "True"),
-            ("n - 2", "n - 3"),
-        ]
-        changed = [code.replace(*change) for code, change in zip(solutions, changes, strict=True)]
-        assert max(scores(open_task(f"{name}:{DATA / FILES[name]}?seconds=3"), changed)) == 0
+        right = ["elem - elem2", "== 0", "return a", "False", "n - 2"]
+        wrong = ["elem + elem2", "== 1", "return b", "True", "n - 3"]
+        assert max(scores(task, list(map(str.replace, solutions, right, wrong)))) == 0
 
 
 def test_programs_need_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
