@@ -211,6 +211,12 @@ def test_no_text_makes_a_grader_raise_or_take_long(kind: type[Exam], reply: str)
     assert object.__new__(kind).grade(Problem("p", [], "A"), reply).score in (0, 1)
 
 
+@pytest.mark.parametrize(("name", "file"), [("gpqa", "gpqa_diamond.csv"), ("mmlu_pro", "FILE.jsonl")])
+def test_a_file_is_asked_for_by_its_kind(name: str, file: str) -> None:
+    with pytest.raises(UserError, match=f"name it as {name}:{file}"):
+        open_task(name)
+
+
 def test_every_task_of_the_catalogue_is_in_the_table() -> None:
     page = (Path(__file__).parent.parent / "train" / "tasks" / "README.md").read_text(encoding="utf-8")
     table = "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))

@@ -107,6 +107,7 @@ class Gpqa(Exam):
     """
 
     name: ClassVar[str] = "gpqa"
+    file: ClassVar[str] = "gpqa_diamond.csv"
     SAID: ClassVar[Sequence[re.Pattern[str]]] = (
         re.compile(r"answer is \(([A-D])\)"),
         re.compile(r"Answer: \(([A-D])\)"),
@@ -150,6 +151,7 @@ class Ceval(Exam):
     subject: str = ""
 
     name: ClassVar[str] = "ceval"
+    file: ClassVar[str] = "FILE.csv"
     LAST: ClassVar[bool] = True
     SAID: ClassVar[Sequence[re.Pattern[str]]] = (
         re.compile(r"答案(?:选项)?(?:应该|应)?(?:是|为|选)?[:：]?\s?(?:选项|选|项)?\s?[（(]?([A-D])(?![A-Za-z])"),

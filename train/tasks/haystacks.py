@@ -62,10 +62,12 @@ class Haystack(ABC):
 
     @functools.cached_property
     def _made(self) -> dict[Split, list[Problem]]:
-        return {"train": self._make("train"), "test": self._make("test")}
+        return {}
 
     def problems(self, split: Split) -> Sequence[Problem]:
         """As `Task` has it."""
+        if split not in self._made:  # the other one may never be asked for, and texts are long
+            self._made[split] = self._make(split)
         return self._made[split]
 
     def _make(self, split: Split) -> list[Problem]:

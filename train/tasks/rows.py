@@ -28,10 +28,12 @@ class FileTask(ABC):
     held_out: float = 0.0
 
     name: ClassVar[str] = ""
+    file: ClassVar[str] = "FILE.jsonl"
+    """What the file may be called."""
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise UserError(f"task {self.name!r} takes its problems from a file: name it as {self.name}:FILE.jsonl")
+            raise UserError(f"task {self.name!r} takes its problems from a file: name it as {self.name}:{self.file}")
         if not 0 <= self.held_out < 1:
             raise UserError(f"held_out of task {self.name!r} is {self.held_out}; give a share from 0 to below 1")
         if not self.all_problems:
