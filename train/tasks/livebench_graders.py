@@ -139,7 +139,7 @@ def _boxed_or_listed(reply: str) -> str:
 
 def houses(truth: str, reply: str) -> float:
     """Names in order: the last words in bold, or all within the last piece of bold."""
-    bold = [inside for _, inside in re.findall(r"(\*{2,})(.*?)\1", reply.lower())]
+    bold = [inside for _, inside in re.findall(r"(\*{2,}+)(.*?)\1", reply.lower())]
     names = truth.lower().split(" ")
     if not bold:
         return 0.0
