@@ -30,6 +30,7 @@ IMPORT_NAMES = {
     "absl-py": "absl",
     "orbax-checkpoint": "orbax",
     "tensorboardx": "tensorboardX",
+    "lm-eval": "lm_eval",
     "ml-dtypes": "ml_dtypes",
     "prometheus-client": "prometheus_client",
 }
@@ -132,7 +133,8 @@ def test_third_party_imports_are_declared() -> None:
         for name in imports_of(path)
     }
     foreign = {name: path for name, path in used.items() if name not in OURS | set(sys.stdlib_module_names)}
-    optional = {re.split(r"[<>=\[ ]", line)[0] for line in project["optional-dependencies"]["quantized"]}
+    extras = [line for extra in ("quantized", "harness") for line in project["optional-dependencies"][extra]]
+    optional = {IMPORT_NAMES.get(name, name) for name in (re.split(r"[<>=\[ ]", line)[0] for line in extras)}
     undeclared = foreign.keys() - declared - optional
     assert not undeclared, {name: str(foreign[name]) for name in undeclared}
     assert not declared - foreign.keys(), f"declared and never imported: {declared - foreign.keys()}"

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from errors import UserError
 from train import sandbox
 from train.sandbox import check_sandbox
-from train.tasks.catalogue import TASKS, open_task
+from train.tasks.catalogue import open_task
 from train.tasks.countdown import value_of
 from train.tasks.graders import GRADERS, chrf_score
 from train.tasks.task import Grade, Problem, Task, grade_many, grade_safely, spoken
@@ -94,13 +94,16 @@ def test_programs_pass_with_the_solutions_and_fail_without(name: str) -> None:
         row.get("prompt", "") * (name == "humaneval") + row.get("canonical_solution", row.get("code"))
         for row in rows(FILES[name])
     ]
-    assert scores(
-        task, [f"Like this:\n```python\n{code}\n```\nand use it:\n```python\nprint(1)\n```" for code in whole]
-    ) == [1, 1]
-    assert scores(task, whole) == [1, 1]
-    assert scores(task, ["```python\nimport sys; sys.exit(0)\n```", "    raise SystemExit"]) == [0, 0]
+    fenced = [f"Like this:\n```python\n{code}\n```\nand use it:\n```python\nprint(1)\n```" for code in whole]
+    assert scores(task, fenced) == scores(task, whole) == [1] * len(whole)
+    leaving = ["```python\nimport sys; sys.exit(0)\n```", "    raise SystemExit", "", "    pass", "return"]
+    assert max(scores(task, leaving[: len(whole)])) == 0
     if name == "humaneval":
-        assert scores(task, [row["canonical_solution"] for row in rows(FILES[name])]) == [1, 1]
+        solutions = [row["canonical_solution"] for row in rows(FILES[name])]
+        assert scores(task, solutions) == [1] * len(solutions)
+        right = ["elem - elem2", "== 0", "return a", "False", "n - 2"]
+        wrong = ["elem + elem2", "== 1", "return b", "True", "n - 3"]
+        assert max(scores(task, list(map(str.replace, solutions, right, wrong)))) == 0
 
 
 def test_programs_need_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +309,7 @@ def test_countdown_is_exact() -> None:
     assert value_of("8 / (3 - 8 / 3)")[0] == 24  # with floats it is 23.999...
 
 
-@given(st.sampled_from([name for name in TASKS if name not in ("mbpp", "humaneval")]), st.text())
+@given(st.sampled_from(sorted({*FILES, "aime", "jsonl", "arithmetic", "countdown"} - {"mbpp", "humaneval"})), st.text())
 @settings(max_examples=150, deadline=None)
 def test_no_text_makes_a_grader_raise(name: str, reply: str) -> None:
     task = opened(name)

@@ -179,7 +179,8 @@ def test_replies_are_the_samplers(address: str, tokenizer_folder: Path, tmp_path
             "arc",
             [{"question": r["text"], "choices": [c.strip() for c in r["choices"]], "answer": r["gold"]} for r in ROWS],
             {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer",
-             "doc_to_text": "Question: {{question}}\nAnswer:", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]},
+             "doc_to_text": "Question: {{question}}\nAnswer:",
+             "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]},
         ),
         (
             "lambada",
@@ -192,7 +193,7 @@ def test_replies_are_the_samplers(address: str, tokenizer_folder: Path, tmp_path
             "text",
             [{"text": " ".join(row["text"] for row in ROWS) * times} for times in (1, 30)],
             {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
-             "metric_list": [{"metric": "bits_per_byte"}, {"metric": "byte_perplexity"}, {"metric": "word_perplexity"}]},
+             "metric_list": [{"metric": f"{one}"} for one in ("bits_per_byte", "byte_perplexity", "word_perplexity")]},
         ),
     ],
 )  # fmt: skip

@@ -13,19 +13,28 @@ LONGEST_NUMBER = 400
 def boxed(text: str) -> str | None:
     """What the last \\boxed{...} or \\fbox{...} holds, braces balanced; None where there is none."""
     starts = list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|(?=[^\s{]))", text))
+    closing = _pairs(text) if starts else {}
     for match in reversed(starts):
         if not match.group(1):
             short = re.match(r"\\?\w+", text[match.end() :])
             if short:  # \boxed 5
                 return short.group()
             continue
-        depth = 1
-        for at in range(match.end(), len(text)):
-            if text[at] in "{}" and text[at - 1] != "\\":
-                depth += 1 if text[at] == "{" else -1
-                if depth == 0:
-                    return text[match.end() : at].strip()
+        if (end := closing.get(match.end() - 1)) is not None:
+            return text[match.end() : end].strip()
     return None
+
+
+def _pairs(text: str) -> dict[int, int]:
+    """Where the brace closes that opens at a place, in one pass: a reply may open thousands and close none."""
+    found, opened = {}, []
+    for at, letter in enumerate(text):
+        if letter in "{}" and text[at - 1 : at] != "\\":
+            if letter == "{":
+                opened.append(at)
+            elif opened:
+                found[opened.pop()] = at
+    return found
 
 
 def to_number(text: str) -> Fraction | None:

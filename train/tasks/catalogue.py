@@ -12,8 +12,12 @@ from errors import UserError, did_you_mean
 from train.tasks.arithmetic import Arithmetic
 from train.tasks.calls import Bfcl
 from train.tasks.choices import Arc, Ceval, HellaSwag, Mmlu
+from train.tasks.contests import LiveCodeBench
 from train.tasks.countdown import Countdown
+from train.tasks.exams import CevalChat, Gpqa, MmluPro
+from train.tasks.haystacks import Needle, Ruler
 from train.tasks.instructions import IfEval
+from train.tasks.livebench import LiveBench
 from train.tasks.programs import HumanEval, Mbpp
 from train.tasks.questions import Aime, Gsm8k, Jsonl, Math, Translation
 from train.tasks.task import Task
@@ -21,14 +25,13 @@ from train.tasks.texts import Lambada, Text, WikiText
 
 TASKS: dict[str, Any] = {
     task.name: task
-    for task in (Arithmetic, Countdown, Gsm8k, Math, Aime, Mbpp, HumanEval, IfEval, Bfcl, Translation, Jsonl)
+    for task in (
+        *(Arithmetic, Countdown, Gsm8k, Math, Aime, Mbpp, HumanEval, IfEval, Bfcl, Translation, Jsonl),
+        *(MmluPro, Gpqa, CevalChat, LiveCodeBench, LiveBench, Needle, Ruler),
+    )
 }
-
-
 LIKELIHOOD_TASKS: dict[str, Any] = {task.name: task for task in (Mmlu, Ceval, Arc, HellaSwag, Lambada, WikiText, Text)}
 """Those that compare log-probabilities, and reward nothing."""
-
-
 ALL = TASKS | LIKELIHOOD_TASKS
 
 

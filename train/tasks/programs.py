@@ -41,6 +41,17 @@ def passes(program: str, seconds: float) -> Grade:
     return Grade(0.0, f"{outcome.reason}: {last_line(outcome.stderr)}"[:300])
 
 
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that of `k` replies one is right, where `c` of `n` were: 1 - C(n - c, k) / C(n, k).
+
+    The unbiased estimate of Chen et al. 2021, arXiv 2107.03374, equation 1, as a product of ratios, none of which is
+    large. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@{k} of {c} right ones among {n} replies")
+    return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
+
+
 @dataclass(frozen=True)
 class ProgramTask(FileTask):
     """A task that runs replies; refused when it is opened where there is no sandbox, as each grade would be 0.
@@ -112,13 +123,3 @@ class HumanEval(ProgramTask):
         else:
             body = code
         return passes(f"{prompt}{body}\n{problem.answer['test']}\ncheck({entry})", self.seconds)
-
-
-def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that one of k samples is right, of which `samples` were drawn and `right` of them are; without bias.
-
-    Chen et al. 2021 (arXiv 2107.03374), equation 1: 1 - C(n - c, k) / C(n, k), as a product that cannot overflow.
-    """
-    if samples - right < k:
-        return 1.0
-    return 1.0 - math.prod(1.0 - k / n for n in range(samples - right + 1, samples + 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,10 +12,12 @@ from train.sandbox import check_sandbox
 from train.tasks.answers import to_number
 from train.tasks.graders import GRADERS, chrf, math, number
 from train.tasks.rows import FileTask, messages_of, take
-from train.tasks.task import Grade, Problem, ask
+from train.tasks.task import Grade, Problem, ask, spoken
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 LANGUAGES = {"en": "English", "zh": "Chinese", "fr": "French", "de": "German", "es": "Spanish", "ja": "Japanese"}
+BLEU_WORDS = {"zh": "zh", "ja": "char", "ko": "char", "th": "char"}
+"""How sacrebleu cuts a language into words, where that is not at spaces."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Aime(Math):
 class Translation(FileTask):
     """Sentences to translate, graded by chrF; rows {"source", "target"}, or two languages' codes, as {"en", "zh"}.
 
+    `corpus` scores all replies at once, as papers report them.
+
     Attributes:
         source, target: codes of the languages, which are the fields of the rows where these have no "source".
     """
@@ -94,6 +99,25 @@ class Translation(FileTask):
     def grade(self, problem: Problem, reply: str) -> Grade:
         """chrF, 0 to 1."""
         return chrf(problem.answer, reply)
+
+    def corpus(self, problems: Sequence[Problem], replies: Sequence[str]) -> dict[str, float]:
+        """BLEU and chrF of all replies together, from 0 to 100, as sacrebleu has them by default.
+
+        BLEU's words are those of sacrebleu's 13a; of Chinese its zh; of Japanese and Korean (whose segmenters want
+        dictionaries) and Thai single characters, so that these compare with no BLEU of words. Raises ValueError where
+        there is none, or not one reply to each.
+        """
+        import sacrebleu  # a tenth of a second
+
+        if not problems or len(problems) != len(replies):
+            raise ValueError(f"{len(replies)} replies to {len(problems)} problems")
+        said = [" ".join(spoken(reply).split()) for reply in replies]
+        wanted = [[str(problem.answer) for problem in problems]]
+        words = BLEU_WORDS.get(self.target.split("-")[0].split("_")[0], "13a")
+        return {
+            "bleu": float(sacrebleu.corpus_bleu(said, wanted, tokenize=words).score),
+            "chrf": float(sacrebleu.corpus_chrf(said, wanted).score),
+        }
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""Tasks whose problems are the rows of a file (.jsonl, .jsonl.gz, .jsonl.zst)."""
+"""Tasks whose problems are the rows of a file (.jsonl, .jsonl.gz, .jsonl.zst, .csv)."""
 
 from __future__ import annotations
 
+import csv
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,10 +28,12 @@ class FileTask(ABC):
     held_out: float = 0.0
 
     name: ClassVar[str] = ""
+    file: ClassVar[str] = "FILE.jsonl"
+    """What the file may be called."""
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise UserError(f"task {self.name!r} takes its problems from a file: name it as {self.name}:FILE.jsonl")
+            raise UserError(f"task {self.name!r} takes its problems from a file: name it as {self.name}:{self.file}")
         if not 0 <= self.held_out < 1:
             raise UserError(f"held_out of task {self.name!r} is {self.held_out}; give a share from 0 to below 1")
         if not self.all_problems:
@@ -59,14 +62,33 @@ class FileTask(ABC):
 
 
 def rows_of(path: str) -> list[tuple[dict[str, Any], str]]:
-    """Rows of a JSONL file and where each stands (`file:line`). Raises UserError, for a malformed row too."""
+    """Rows of a JSONL or CSV file and where each stands (`file:line`). Raises UserError, for a malformed row too."""
     file = Path(path).expanduser()
     if not file.is_file():
         siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
         raise UserError(f"there is no file {path}{did_you_mean(file.name, siblings)}")
+    if file.name.endswith(".csv"):
+        return list(_csv_rows(file))
     if not file.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-        raise UserError(f"{path} is no .jsonl, .jsonl.gz or .jsonl.zst; convert it to one row of JSON a line")
+        raise UserError(f"{path} is no .jsonl, .jsonl.gz, .jsonl.zst or .csv; convert it to one row of JSON a line")
     return [(row.value, row.where) for row in read_rows(file)]
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Rows of a table whose first line names the columns, all of them texts; a quoted cell may have several lines."""
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, strict=True)
+        line = 2
+        try:
+            for row in reader:
+                where = f"{file}:{line}"
+                if None in row or None in row.values():
+                    columns = len(reader.fieldnames or ())
+                    raise UserError(f"{where}: the row has not {columns} cells, as the first line has; mend it")
+                yield dict(row), where
+                line = reader.line_num + 1
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{file}:{line}: no CSV in UTF-8 ({error}); mend it or export it again") from error
 
 
 def take(row: dict[str, Any], where: str, key: str, kind: type | tuple[type, ...] = str) -> Any:
