@@ -24,12 +24,9 @@ def write_results(out: Path, model: str, fingerprint: str, results: Sequence[Res
     path = out / NAME
     known = read_results(out) if path.exists() else {}
     tasks = known["tasks"] if known.get("fingerprint") == fingerprint else {}
-    from qmax import __version__
-
     record = {
         "model": model,
         "fingerprint": fingerprint,
-        "qmax": __version__,
         "tasks": tasks | {result.task: result.record for result in results},
     }
     write_json(path, record)
