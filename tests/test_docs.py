@@ -1,0 +1,312 @@
+"""Law: what the pages say can be done can be done: links lead somewhere, commands are understood, examples run.
+
+Every command of ours in a fenced block has to be understood: its verb, its options, the fields of its config, and that
+they go together. Those of a block under `<!-- run -->` are executed too, in order, in a folder that has what pages take
+for granted (`Place`); trainings take a few steps there (`CUT`). Blocks of Python are executed, unless `<!-- from FILE
+-->` says that they are quoted: then they have to stand in that file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import gzip
+import importlib
+import io
+import itertools
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+from conftest import ROOT
+
+import qmax
+import terminal
+from configs.override import apply_overrides, fields_of, load_config
+from configs.run import Run
+from sharding.hosts import OPTIONS
+from tests import pages
+from tests.pages import PAGES, Command
+from train import main
+
+COMMANDS = pages.commands()
+DEMO = ROOT / "configs" / "demo_data"
+FRONT = {"--help", "--debug", "--version", "--json"}
+TRAIN = {"--resume", "--stopped-code", "--field", *FRONT, *OPTIONS}
+CUT = (
+    "--steps 2 --model.hidden-size 32 --model.num-layers 1 --model.num-heads 4 --model.num-kv-heads 2 "
+    "--model.head-dim 8 --model.moe.num-experts 4 --model.moe.intermediate-size 16 --data.sequence-length 128 "
+    "--data.batch-size 8 --data.validation-fraction 0.1 --validate-every 0 --validation-batches 1 --sample-tokens 4 "
+    "--rl.prompts 4 --rl.samples 2 --rl.validation-problems 2 --optimizer.warmup-steps 1"
+).split()
+"""What trainings are cut down to; the last of two values of a field wins."""
+
+
+class UnderstoodError(Exception):
+    """An argument parser has taken all its words."""
+
+    def __init__(self, parser: argparse.ArgumentParser, found: argparse.Namespace, rest: list[str]) -> None:
+        self.parser, self.found, self.rest = parser, found, rest
+
+
+# ---- the folder that pages take for granted ---------------------------------------------
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """configs/, my_config.py (that of README.md), texts and rows under the names that pages use."""
+    place = tmp_path_factory.mktemp("docs")
+    (place / "configs").symlink_to(ROOT / "configs")
+    (place / "my_config.py").write_text(next(b.text for b in pages.blocks(Path("README.md")) if b.kind == "python"))
+    shutil.copytree(DEMO / "tiny_tokenizer", place / "my_tokenizer")
+    stories = demo_rows("pretrain_en_tinystories", 60)
+    (place / "corpus").mkdir()
+    (place / "corpus" / "a.jsonl.zst").write_bytes(zstandard.compress(lines(stories)))
+    pairs = demo_rows("preferences_en", 40)
+    judged = [{"prompt": row["prompt"], "completion": row["chosen"], "label": bool(i % 2)} for i, row in enumerate(pairs)]
+    rows = {
+        "chats": demo_rows("sft_instructions_en", 40),
+        "pairs": pairs,
+        "judged": judged,
+        "rows": stories[:3],
+    }
+    for name, found in rows.items():
+        (place / f"{name}.jsonl").write_bytes(lines(found))
+    return place
+
+
+@pytest.fixture(scope="module")
+def runs(place: Path) -> Path:
+    """The same folder with the runs and models that pages take for granted."""
+    with contextlib.chdir(place):
+        call("train", "configs/tiny.py", "--out", "runs/base", *CUT)
+        call("convert", "runs/base", "models/Qwen3-0.6B", "--dtype", "float32")
+        tuned = ["--init-from", "models/Qwen3-0.6B", "--lora.rank", "2", "--lora.targets", "q", "o"]
+        call("train", "configs/tiny.py", "--out", "runs/tuned", *tuned, *CUT)
+        Path("runs/demo").mkdir()
+        Path("runs/demo/sft").symlink_to(place / "runs/base")
+    return place
+
+
+def demo_rows(name: str, count: int) -> list[dict[str, Any]]:
+    with gzip.open(DEMO / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in itertools.islice(file, count)]
+
+
+def lines(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def call(*words: str) -> None:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = qmax.main(list(words))
+    assert code == 0, f"qmax {' '.join(words)}\n{said.getvalue()}"
+
+
+# ---- links ------------------------------------------------------------------------------
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in pages.links(page):
+        if re.match(r"(https?|mailto):", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page.parent / path).resolve() if path else ROOT / page
+        assert target.exists(), f"{page} links to {link}"
+        if anchor:
+            assert anchor in pages.anchors(target.relative_to(ROOT)), f"{page} links to {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_files_that_are_named_exist(page: Path) -> None:
+    """`step.py` beside the page or in a folder of it, or `train/step.py` from the root."""
+    own = {"my_config.py", "adapter_config.json", "tokenizer.json", "config.json"}
+    for code in pages.inline(page):
+        if re.fullmatch(r"[\w/.-]+\.(py|md|sh|yaml|jinja)", code) and code not in own:
+            here = [ROOT / code, *(ROOT / page.parent).rglob(code)]
+            assert any(path.exists() for path in here), f"{page} names {code}"
+
+
+# ---- commands ---------------------------------------------------------------------------
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_commands_are_understood(command: Command, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = list(command.words)
+    monkeypatch.chdir(place)
+    if words[:1] == ["-m"]:
+        understood_by_bench(words[1], words[2:], monkeypatch)
+    elif words[:1] == ["test"]:
+        script = (ROOT / "run.sh").read_text()
+        assert all(f"{word})" in script for word in words[1:] if word.startswith("--"))
+    elif words:
+        understood(words, monkeypatch)
+
+
+def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a verb read its words, and do nothing."""
+    assert words[0] in {verb.name for verb in qmax.VERBS} | {"--help", "help", "--version"}
+    if words[0] == "train":
+        monkeypatch.setattr(main, "train_run", lambda *_, **__: {"stopped": ""})
+        assert qmax._dispatch(words) == 0
+        return
+    try:
+        parsed(words, monkeypatch)
+    except UnderstoodError as found:
+        if words[0] == "plan":
+            apply_overrides(load_config(found.found.config), found.rest)
+
+
+def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raises UnderstoodError when the verb has read its words, UserError when it refuses them."""
+    known = argparse.ArgumentParser.parse_known_args
+
+    def parse_known_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
+        raise UnderstoodError(self, *known(self, args, namespace))
+
+    def parse_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = known(self, args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        raise UnderstoodError(self, found, rest)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(terminal.Parser, "parse_known_args", parse_known_args)
+    qmax._dispatch(words)
+
+
+def understood_by_bench(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a benchmark read its words, and do nothing."""
+    name = "bench.__main__" if module == "bench" else module
+    bench = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    if hasattr(bench, "parse"):
+        bench.parse(words)
+        return
+    known = argparse.ArgumentParser.parse_args
+
+    def parse_args(self: argparse.ArgumentParser, *_: Any) -> Any:
+        raise UnderstoodError(self, known(self, words), [])
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    with pytest.raises(UnderstoodError):
+        bench.main()
+
+
+@functools.cache
+def options_of(verb: str) -> frozenset[str]:
+    """Every option that a verb takes."""
+    dashed = {f"--{name.replace('_', '-')}" for name, _ in fields_of(Run)}
+    if verb == "train":
+        return frozenset(dashed | TRAIN)
+    with pytest.MonkeyPatch.context() as patch:
+        needed = {"plan": ["x", "--topology", "v5p:2x2x1"], "prepare": ["x", "--tokenizer", "x", "--out", "x"]}
+        needed |= {"tokenizer": ["x", "--out", "x"], "convert": ["x", "y"], "generate": ["x", "--prompt", "x"]}
+        needed |= {"score": ["x", "--input", "x", "--output", "x"], "demo": [], "doctor": []}
+        try:
+            parsed([verb, *needed.get(verb, ["x"])], patch)
+        except UnderstoodError as found:
+            return frozenset({*found.parser._option_string_actions, *FRONT} | (dashed if verb == "plan" else set()))
+    raise AssertionError(f"qmax {verb} reads no arguments")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_options_in_sentences_exist(page: Path) -> None:
+    """In code within a sentence or a table, where commands are seldom whole: of its verb, or of any."""
+    verbs = [verb.name for verb in qmax.VERBS]
+    script = re.findall(r"(--\w+)\)", (ROOT / "run.sh").read_text())
+    everything = frozenset().union(*map(options_of, verbs), script)
+    for code in pages.inline(page):
+        words = re.sub(r"[\[\]|]", " ", code).split()
+        asked = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+        if words[:1] in (["qmax"], ["./run.sh"]) and len(words) > 1 and words[1] not in ("VERB", "--help", "test"):
+            assert words[1] in verbs, f"{page}: {code}"
+            unknown = asked - options_of(words[1])
+        elif words and words[0].startswith("--"):
+            unknown = {option for option in asked - everything if not re.fullmatch(r"--\w+\.", option)}
+        else:
+            continue
+        assert not unknown, f"{page}: {code}: {unknown}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_fields_in_sentences_exist(page: Path) -> None:
+    """`data.max_bad_rows` and the like, also with a value."""
+    known = {name for name, _ in fields_of(Run)}
+    sections = {field.name for field in fields(Run) if is_dataclass(getattr(Run(), field.name))}
+    endings = ("py", "jsonl", "jinja", "txt", "md", "npz")
+    for code in pages.inline(page):
+        found = re.match(r"([a-z_]+)((?:\.[a-z_0-9]+)+)(?:[=\s]|$)", code)
+        if found and found[1] in sections and not code.endswith(endings):
+            name = found[1] + found[2]
+            assert name in known or any(other.startswith(f"{name}.") for other in known), f"{page}: {code}"
+
+
+# ---- what runs --------------------------------------------------------------------------
+def marked() -> list[Path]:
+    return list(dict.fromkeys(command.page for command in COMMANDS if command.marked))
+
+
+@pytest.mark.parametrize("page", marked(), ids=str)
+def test_marked_commands_run(page: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs)
+    for command in COMMANDS:
+        if command.page == page and command.marked:
+            words = list(command.words)
+            if words[0] == "train" and "--help" not in words:
+                words += [*CUT, *(["--steps", "3"] if "--resume" in words else [])]
+            call(*words)
+
+
+def in_python(page: Path) -> list[pages.Block]:
+    return [block for block in pages.blocks(page) if block.kind == "python"]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if in_python(page)], ids=str)
+def test_python_runs(page: Path, runs: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page one after the other, as in one session; quoted ones stand where they are from."""
+    monkeypatch.chdir(runs)
+    names: dict[str, Any] = {"__name__": "page"}
+    said = io.StringIO()
+    for block in in_python(page):
+        if block.mark.startswith(pages.FROM):
+            source = pages.read(Path(block.mark.removeprefix(pages.FROM)))
+            assert block.text in source, f"{page}:{block.line} is no longer in {block.mark.removeprefix(pages.FROM)}"
+            continue
+        code = block.text.replace("http://127.0.0.1:8000", address)
+        with contextlib.redirect_stdout(said):
+            exec(compile("\n" * (block.line - 1) + code, str(page), "exec"), names)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A server with a small random model under the name that pages use; it is started when it is first needed."""
+    from serve.api.app import Settings
+    from serve.api.service import Defaults
+    from tests.serving import Served, serving
+
+    quick = replace(Defaults(temperature=0.0))
+    with serving(Served(Settings(keys=("secret",))), models={"sft": quick}) as served:
+        yield served.address
+
+
+# ---- tables that must keep up ------------------------------------------------------------
+def test_the_table_of_compiled_functions_is_whole() -> None:
+    """Every file in which something is compiled stands in model/README.md."""
+    section = pages.read(Path("model/README.md")).partition("## Compiled functions")[2].partition("\n## ")[0]
+    for path in pages.files():
+        if path.suffix == ".py" and path.parts[0] in ("model", "serve", "sharding", "train"):
+            if re.search(r"\bjax\.jit\(", pages.read(path)):
+                assert f"`{path}`" in section, f"the table lacks {path}"
+
+
+def test_every_room_has_a_page_that_the_readme_links() -> None:
+    linked = set(pages.links(Path("README.md")))
+    rooms = {f"{path.parent.as_posix()}/README.md" for path in pages.files() if path.suffix == ".py"}
+    there = {page.as_posix() for page in PAGES} - {"README.md"}
+    assert {page for page in rooms & there if not page.startswith("tests/")} <= linked
+    assert len(pages.read(Path("README.md")).splitlines()) < 300
