@@ -124,7 +124,10 @@ def history(source: Source) -> list[str]:
         return [f"Converted from `{source.path.absolute().name}` by `qmax convert`."]
     run = json.loads((source.path / "config.json").read_text(encoding="utf-8"))["run"]
     records = list(read_records(source.path / "metrics.jsonl", source.step))
-    facts = [f"objective {run.get('objective', 'pretrain')}", f"step {source.step:,} of {run.get('steps', source.step):,}"]
+    facts = [
+        f"objective {run.get('objective', 'pretrain')}",
+        f"step {source.step:,} of {run.get('steps', source.step):,}",
+    ]
     if seen := tokens_seen(records, source.step):
         facts.append(f"{seen} tokens seen")
     for key, words in MEASURED.items():
@@ -236,7 +239,9 @@ def page(header: Fields, parts: Sequence[str]) -> bytes:
     """A card: its header, and paragraphs."""
     lines = ["---"]
     for key, value in header.items():
-        lines += [f"{key}: {_yaml(value)}"] if isinstance(value, str) else [f"{key}:", *(f"- {_yaml(v)}" for v in value)]
+        lines += (
+            [f"{key}: {_yaml(value)}"] if isinstance(value, str) else [f"{key}:", *(f"- {_yaml(v)}" for v in value)]
+        )
     return ("\n".join([*lines, "---", ""]) + "\n" + "\n\n".join(parts) + "\n").encode()
 
 

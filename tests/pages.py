@@ -11,9 +11,13 @@ from pathlib import Path
 from conftest import ROOT
 from test_layout import files
 
+from configs.override import config_docstring
+
 PAGES = [path for path in files() if path.suffix == ".md"]
 CONFIGS = [path for path in files() if path.suffix == ".py" and path.parent.as_posix() == "configs"]
-FENCE = re.compile(r"^(?:<!-- (?P<mark>[^>]*?) -->\n)?```(?P<kind>[a-z]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+    r"^(?:<!-- (?P<mark>[^>]*?) -->\n)?```(?P<kind>[a-z]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 RUN = "run"
 """`<!-- run -->` above a block of commands: the tests execute them."""
 FROM = "from "
@@ -85,9 +89,7 @@ def commands() -> list[Command]:
             if block.kind in ("", "sh", "bash"):
                 found += in_shell(block.text, page, block.line, marked=block.mark == RUN)
     for page in CONFIGS:
-        lines = read(page).partition('"""\n\n')[0].splitlines()
-        shell = "\n".join(line if line.startswith("    ") else "" for line in lines)
-        found += in_shell(shell, page, 1, marked=False)
+        found += in_shell(config_docstring(ROOT / page), page, 1, marked=False)
     return found
 
 
@@ -95,7 +97,7 @@ def in_shell(text: str, page: Path, line: int, *, marked: bool) -> Iterator[Comm
     """The commands of ours in lines of shell; others are passed over."""
     lines = text.split("\n")
     while lines:
-        number, whole = line, lines.pop(0)
+        number, whole = line, lines.pop(0).strip()
         line += 1
         while whole.endswith("\\") and lines:
             whole = f"{whole[:-1]} {lines.pop(0).strip()}"
@@ -103,9 +105,8 @@ def in_shell(text: str, page: Path, line: int, *, marked: bool) -> Iterator[Comm
         words = [word for word in split(whole) if word != "&"]
         while words and re.match(r"[A-Z_]+=", words[0]):
             words.pop(0)
-        if words[:1] in (["./run.sh"], ["qmax"]):
-            yield Command(page, number, tuple(words[1:]), marked)
-        elif words[:2] == ["python", "-m"] and words[2].split(".")[0] == "bench":
+        benchmark = words[:2] == ["python", "-m"] and words[2].split(".")[0] == "bench"
+        if benchmark or words[:1] in (["./run.sh"], ["qmax"]):
             yield Command(page, number, tuple(words[1:]), marked)
 
 

@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -35,18 +36,19 @@ from configs.run import Run
 from sharding.hosts import OPTIONS
 from tests import pages
 from tests.pages import PAGES, Command
+from tests.test_layout import sources
 from train import main
 
 COMMANDS = pages.commands()
 DEMO = ROOT / "configs" / "demo_data"
 FRONT = {"--help", "--debug", "--version", "--json"}
 TRAIN = {"--resume", "--stopped-code", "--field", *FRONT, *OPTIONS}
-CUT = (
+CUT = shlex.split(
     "--steps 2 --model.hidden-size 32 --model.num-layers 1 --model.num-heads 4 --model.num-kv-heads 2 "
     "--model.head-dim 8 --model.moe.num-experts 4 --model.moe.intermediate-size 16 --data.sequence-length 128 "
     "--data.batch-size 8 --data.validation-fraction 0.1 --validate-every 0 --validation-batches 1 --sample-tokens 4 "
     "--rl.prompts 4 --rl.samples 2 --rl.validation-problems 2 --optimizer.warmup-steps 1"
-).split()
+)
 """What trainings are cut down to; the last of two values of a field wins."""
 
 
@@ -69,9 +71,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "corpus").mkdir()
     (place / "corpus" / "a.jsonl.zst").write_bytes(zstandard.compress(lines(stories)))
     pairs = demo_rows("preferences_en", 40)
-    judged = [{"prompt": row["prompt"], "completion": row["chosen"], "label": bool(i % 2)} for i, row in enumerate(pairs)]
+    chats = demo_rows("sft_instructions_en", 40)
+    judged = [{"messages": row["messages"], "label": bool(index % 2)} for index, row in enumerate(chats)]
     rows = {
-        "chats": demo_rows("sft_instructions_en", 40),
+        "chats": chats,
         "pairs": pairs,
         "judged": judged,
         "rows": stories[:3],
@@ -219,7 +222,8 @@ def test_options_in_sentences_exist(page: Path) -> None:
     """In code within a sentence or a table, where commands are seldom whole: of its verb, or of any."""
     verbs = [verb.name for verb in qmax.VERBS]
     script = re.findall(r"(--\w+)\)", (ROOT / "run.sh").read_text())
-    everything = frozenset().union(*map(options_of, verbs), script)
+    benchmarks = [found for path in sources("bench") for found in re.findall(r'"(--[\w-]+)"', pages.read(path))]
+    everything = frozenset().union(*map(options_of, verbs), script, benchmarks)
     for code in pages.inline(page):
         words = re.sub(r"[\[\]|]", " ", code).split()
         asked = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
@@ -280,6 +284,8 @@ def test_python_runs(page: Path, runs: Path, address: str, monkeypatch: pytest.M
         code = block.text.replace("http://127.0.0.1:8000", address)
         with contextlib.redirect_stdout(said):
             exec(compile("\n" * (block.line - 1) + code, str(page), "exec"), names)
+            if callable(make := names.pop("run", None)):  # the block is a config
+                assert isinstance(make(), Run)
 
 
 @pytest.fixture(scope="module")
@@ -298,10 +304,14 @@ def address() -> Iterator[str]:
 def test_the_table_of_compiled_functions_is_whole() -> None:
     """Every file in which something is compiled stands in model/README.md."""
     section = pages.read(Path("model/README.md")).partition("## Compiled functions")[2].partition("\n## ")[0]
-    for path in pages.files():
-        if path.suffix == ".py" and path.parts[0] in ("model", "serve", "sharding", "train"):
-            if re.search(r"\bjax\.jit\(", pages.read(path)):
-                assert f"`{path}`" in section, f"the table lacks {path}"
+    for path in sources("model", "serve", "sharding", "train"):
+        if re.search(r"\bjax\.jit\(", pages.read(path)):
+            assert f"`{path}`" in section, f"the table lacks {path}"
+
+
+def test_the_readme_names_every_verb() -> None:
+    table = pages.read(Path("README.md")).partition("## Verbs")[2].partition("\n## ")[0]
+    assert all(f"| `qmax {verb.name}" in table for verb in qmax.VERBS)
 
 
 def test_every_room_has_a_page_that_the_readme_links() -> None:
