@@ -8,20 +8,16 @@ for granted (`Place`); trainings take a few steps there (`CUT`). Blocks of Pytho
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import functools
 import gzip
-import importlib
 import io
 import itertools
 import json
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +26,15 @@ import zstandard
 from conftest import ROOT
 
 import qmax
-import terminal
-from configs.override import apply_overrides, fields_of, load_config
+from configs.override import fields_of
 from configs.run import Run
-from sharding.hosts import OPTIONS
 from tests import pages
 from tests.pages import PAGES, Command
 from tests.test_layout import sources
-from train import main
+from tests.words import options_of, understand, understand_benchmark
 
 COMMANDS = pages.commands()
 DEMO = ROOT / "configs" / "demo_data"
-FRONT = {"--help", "--debug", "--version", "--json"}
-TRAIN = {"--resume", "--stopped-code", "--field", *FRONT, *OPTIONS}
 CUT = shlex.split(
     "--steps 2 --model.hidden-size 32 --model.num-layers 1 --model.num-heads 4 --model.num-kv-heads 2 "
     "--model.head-dim 8 --model.moe.num-experts 4 --model.moe.intermediate-size 16 --data.sequence-length 128 "
@@ -50,13 +42,6 @@ CUT = shlex.split(
     "--rl.prompts 4 --rl.samples 2 --rl.validation-problems 2 --optimizer.warmup-steps 1"
 )
 """What trainings are cut down to; the last of two values of a field wins."""
-
-
-class UnderstoodError(Exception):
-    """An argument parser has taken all its words."""
-
-    def __init__(self, parser: argparse.ArgumentParser, found: argparse.Namespace, rest: list[str]) -> None:
-        self.parser, self.found, self.rest = parser, found, rest
 
 
 # ---- the folder that pages take for granted ---------------------------------------------
@@ -142,79 +127,12 @@ def test_commands_are_understood(command: Command, place: Path, monkeypatch: pyt
     words = list(command.words)
     monkeypatch.chdir(place)
     if words[:1] == ["-m"]:
-        understood_by_bench(words[1], words[2:], monkeypatch)
+        understand_benchmark(words[1], words[2:], monkeypatch)
     elif words[:1] == ["test"]:
         script = (ROOT / "run.sh").read_text()
         assert all(f"{word})" in script for word in words[1:] if word.startswith("--"))
     elif words:
-        understood(words, monkeypatch)
-
-
-def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has a verb read its words, and do nothing."""
-    assert words[0] in {verb.name for verb in qmax.VERBS} | {"--help", "help", "--version"}
-    if words[0] == "train":
-        monkeypatch.setattr(main, "train_run", lambda *_, **__: {"stopped": ""})
-        assert qmax._dispatch(words) == 0
-        return
-    try:
-        parsed(words, monkeypatch)
-    except UnderstoodError as found:
-        if words[0] == "plan":
-            apply_overrides(load_config(found.found.config), found.rest)
-
-
-def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Raises UnderstoodError when the verb has read its words, UserError when it refuses them."""
-    known = argparse.ArgumentParser.parse_known_args
-
-    def parse_known_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
-        raise UnderstoodError(self, *known(self, args, namespace))
-
-    def parse_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
-        found, rest = known(self, args, namespace)
-        if rest:
-            self.error(f"unrecognized arguments: {' '.join(rest)}")
-        raise UnderstoodError(self, found, rest)
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-    monkeypatch.setattr(terminal.Parser, "parse_known_args", parse_known_args)
-    qmax._dispatch(words)
-
-
-def understood_by_bench(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has a benchmark read its words, and do nothing."""
-    name = "bench.__main__" if module == "bench" else module
-    bench = importlib.import_module(name)
-    monkeypatch.setattr(sys, "argv", [name, *words])
-    if hasattr(bench, "parse"):
-        bench.parse(words)
-        return
-    known = argparse.ArgumentParser.parse_args
-
-    def parse_args(self: argparse.ArgumentParser, *_: Any) -> Any:
-        raise UnderstoodError(self, known(self, words), [])
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-    with pytest.raises(UnderstoodError):
-        bench.main()
-
-
-@functools.cache
-def options_of(verb: str) -> frozenset[str]:
-    """Every option that a verb takes."""
-    dashed = {f"--{name.replace('_', '-')}" for name, _ in fields_of(Run)}
-    if verb == "train":
-        return frozenset(dashed | TRAIN)
-    with pytest.MonkeyPatch.context() as patch:
-        needed = {"plan": ["x", "--topology", "v5p:2x2x1"], "prepare": ["x", "--tokenizer", "x", "--out", "x"]}
-        needed |= {"tokenizer": ["x", "--out", "x"], "convert": ["x", "y"], "generate": ["x", "--prompt", "x"]}
-        needed |= {"score": ["x", "--input", "x", "--output", "x"], "demo": [], "doctor": []}
-        try:
-            parsed([verb, *needed.get(verb, ["x"])], patch)
-        except UnderstoodError as found:
-            return frozenset({*found.parser._option_string_actions, *FRONT} | (dashed if verb == "plan" else set()))
-    raise AssertionError(f"qmax {verb} reads no arguments")
+        understand(words, monkeypatch)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
@@ -295,8 +213,7 @@ def address() -> Iterator[str]:
     from serve.api.service import Defaults
     from tests.serving import Served, serving
 
-    quick = replace(Defaults(temperature=0.0))
-    with serving(Served(Settings(keys=("secret",))), models={"sft": quick}) as served:
+    with serving(Served(Settings(keys=("secret",))), models={"sft": Defaults(temperature=0.0)}) as served:
         yield served.address
 
 
