@@ -35,13 +35,18 @@ from tests.words import options_of, understand, understand_benchmark
 
 COMMANDS = pages.commands()
 DEMO = ROOT / "configs" / "demo_data"
-CUT = shlex.split(
+STEPS = shlex.split(
     "--steps 2 --model.hidden-size 32 --model.num-layers 1 --model.num-heads 4 --model.num-kv-heads 2 "
     "--model.head-dim 8 --model.moe.num-experts 4 --model.moe.intermediate-size 16 --data.sequence-length 128 "
     "--data.batch-size 8 --data.validation-fraction 0.1 --validate-every 0 --validation-batches 1 --sample-tokens 4 "
     "--rl.prompts 4 --rl.samples 2 --rl.validation-problems 2 --optimizer.warmup-steps 1"
 )
-"""What trainings are cut down to; the last of two values of a field wins."""
+CUT = {
+    "train": STEPS,
+    "tokenizer": ["--vocab-size", "400"],
+    "generate": ["--max-tokens", "4"],
+}
+"""What commands are cut down to; the last of two values wins."""
 
 
 # ---- the folder that pages take for granted ---------------------------------------------
@@ -73,10 +78,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(place: Path) -> Path:
     """The same folder with the runs and models that pages take for granted."""
     with contextlib.chdir(place):
-        call("train", "configs/tiny.py", "--out", "runs/base", *CUT)
+        call("train", "configs/tiny.py", "--out", "runs/base", *STEPS)
         call("convert", "runs/base", "models/Qwen3-0.6B", "--dtype", "float32")
         tuned = ["--init-from", "models/Qwen3-0.6B", "--lora.rank", "2", "--lora.targets", "q", "o"]
-        call("train", "configs/tiny.py", "--out", "runs/tuned", *tuned, *CUT)
+        call("train", "configs/tiny.py", "--out", "runs/tuned", *tuned, *STEPS)
         Path("runs/demo").mkdir()
         Path("runs/demo/sft").symlink_to(place / "runs/base")
     return place
@@ -179,8 +184,8 @@ def test_marked_commands_run(page: Path, runs: Path, monkeypatch: pytest.MonkeyP
     for command in COMMANDS:
         if command.page == page and command.marked:
             words = list(command.words)
-            if words[0] == "train" and "--help" not in words:
-                words += [*CUT, *(["--steps", "3"] if "--resume" in words else [])]
+            if "--help" not in words:
+                words += [*CUT.get(words[0], []), *(["--steps", "3"] if "--resume" in words else [])]
             call(*words)
 
 
