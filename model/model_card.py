@@ -58,7 +58,7 @@ def model_card(source: Source, name: str, tokens: int, dtype: str) -> bytes:
         "## Where it comes from",
         "\n\n".join(history(source)),
         "## How to load it",
-        *loading(source, name),
+        *loading(source, name, tokenizer=bool(tokens)),
     ]
     return page(header, parts)
 
@@ -109,6 +109,8 @@ def sizes(config: ModelConfig) -> dict[str, str]:
         found["experts"] += ", and a shared one" if moe.shared_intermediate_size else ""
     if config.num_labels:
         found["labels"] = str(config.num_labels)
+    if config.mtp_layers:
+        found["multi-token prediction"] = f"a block of {config.mtp_parameters:,} parameters more"
     return found | {"context": f"{config.max_positions:,} positions"}
 
 
@@ -211,15 +213,15 @@ def _scalar(text: str) -> str:
 
 
 # ---- how it is written -----------------------------------------------------------
-def loading(source: Source, name: str) -> list[str]:
+def loading(source: Source, name: str, *, tokenizer: bool) -> list[str]:
     """Paragraphs on how to load a model directory, by transformers and by qmax."""
     labelled = bool(source.config.num_labels)
     kind = "AutoModelForSequenceClassification" if labelled else "AutoModelForCausalLM"
-    code = (
-        f"from transformers import {kind}, AutoTokenizer\n\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})\n"
-        f"model = {kind}.from_pretrained({json.dumps(name)})"
-    )
+    code = f"from transformers import {kind}{', AutoTokenizer' if tokenizer else ''}\n\n"
+    code += f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})\n" if tokenizer else ""
+    code += f"model = {kind}.from_pretrained({json.dumps(name)})"
+    if not tokenizer:
+        return [f"```python\n{code}\n```", "There is no tokenizer here: it has to be put beside the weights."]
     if labelled:
         ours = f"With qmax it starts a run (`--init-from {name}`) or rewards one (`--rl.rewards model:{name}`)."
         return [f"```python\n{code}\n```", ours]

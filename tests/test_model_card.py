@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from test_hf import CONFIGS, write
 from errors import UserError
 from model.convert_verb import convert
 from model.load import open_model
-from model.model_card import CARD, inherited, page, read_card, tokens_seen
+from model.model_card import CARD, inherited, model_card, page, read_card, tokens_seen
+from model.tree import make_skeleton
 
 THEIRS = """---
 library_name: transformers
@@ -59,10 +61,23 @@ def test_a_card_tells_the_sizes(tmp_path: Path) -> None:
         "| tokenizer | none |",
         "Converted from `a` by `qmax convert`.",
         'AutoModelForCausalLM.from_pretrained("b")',
-        "qmax chat b\n",
+        "There is no tokenizer here",
     ):
         assert words in said, words
     assert str(tmp_path) not in said
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_has_a_card(name: str, tmp_path: Path) -> None:
+    """With a tokenizer, and every kind of attention and experts; what it names is what is written."""
+    write(tmp_path / "a", CONFIGS[name])
+    source = open_model(tmp_path / "a")
+    card = model_card(source, "b", 48, "float32").decode()
+    shapes = make_skeleton(source.config, stacked=False).shapes
+    total = sum(prod(shape) for key, shape in shapes.items() if not key.startswith("mtp.") and ".bias_E" not in key)
+    assert f"| parameters | {total:,}" in card
+    assert "| tokenizer | 48 tokens |" in card and "qmax chat b\n" in card and "AutoTokenizer.from_pretrained" in card
+    assert ("multi-token prediction" in card) == bool(source.config.mtp_layers)
 
 
 def test_weights_that_keep_their_type_are_told(tmp_path: Path) -> None:
