@@ -6,7 +6,6 @@ import argparse
 import functools
 import importlib
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,17 +20,6 @@ from train import main
 EVERY = {"--help", "--debug", "--version", "--json"}
 TRAIN = {"--resume", "--stopped-code", "--field", *OPTIONS}
 """What `qmax train` takes beside the fields of a config; its help writes --field for any of them."""
-NEEDED: dict[str, Sequence[str]] = {
-    "demo": [],
-    "doctor": [],
-    "tokenizer": ["x", "--out", "x"],
-    "prepare": ["x", "--tokenizer", "x", "--out", "x"],
-    "generate": ["x", "--prompt", "x"],
-    "score": ["x", "--input", "x", "--output", "x"],
-    "convert": ["x", "x"],
-    "plan": ["x", "--topology", "v5p:2x2x1"],
-}
-"""What verbs need to be given; the others need one word."""
 
 
 class UnderstoodError(Exception):
@@ -93,9 +81,14 @@ def understand_benchmark(module: str, words: list[str], monkeypatch: pytest.Monk
 @functools.cache
 def parser_of(verb: str) -> argparse.ArgumentParser:
     """The argument parser of a verb; `qmax train` has none."""
+
+    def error(self: argparse.ArgumentParser, message: str) -> None:
+        raise UnderstoodError(self, argparse.Namespace(), [message])
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(terminal.Parser, "error", error)  # of the words that it needs and is not given
         try:
-            read([verb, *NEEDED.get(verb, ["x"])], patch)
+            read([verb], patch)
         except UnderstoodError as done:
             return done.parser
     raise AssertionError(f"qmax {verb} reads no arguments")
