@@ -120,7 +120,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_files_that_are_named_exist(page: Path) -> None:
     """`step.py` beside the page or in a folder of it, or `train/step.py` from the root."""
-    own = {"my_config.py", "adapter_config.json", "tokenizer.json", "config.json"}
+    own = {"my_config.py"}
     for code in pages.inline(page):
         if re.fullmatch(r"[\w/.-]+\.(py|md|sh|yaml|jinja)", code) and code not in own:
             here = [ROOT / code, *(ROOT / page.parent).rglob(code)]
