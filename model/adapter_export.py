@@ -26,6 +26,7 @@ from model.hf.tables import model_rules
 from model.hf.writing import TYPES, new_directory, to_json
 from model.load import RunSource, Source, open_model, read_origin
 from model.lora_config import LoraConfig
+from model.model_card import CARD, adapter_card
 from model.tree import make_skeleton
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -61,10 +62,12 @@ def convert_adapter(source: Source, target: Path, dtype: str = "") -> dict[str, 
     parts = {name: (np.asarray(a), np.asarray(b)) for name, (a, b) in source.adapter().items()}
     modules = modules_of(parts, source.config, source.path)
     settings = settings_of(modules, source.config, source.lora, base)
-    size = write_adapter(target, modules, settings, np.dtype(TYPES[dtype or "float32"]))
+    parameters = sum(factor.size for pair in modules.values() for factor in pair)
+    card = adapter_card(source, target.absolute().name, base, parameters)
+    size = write_adapter(target, modules, settings, np.dtype(TYPES[dtype or "float32"]), card)
     return {
         "architecture": f"adapters of {family_of_config(source.config).architecture}",
-        "parameters": sum(factor.size for pair in modules.values() for factor in pair),
+        "parameters": parameters,
         "bytes": size,
     }
 
@@ -77,8 +80,12 @@ def _vocabulary(base: str) -> int:
         return 0
 
 
-def write_adapter(target: Path, modules: Mapping[str, Pair], settings: Mapping[str, Any], dtype: np.dtype) -> int:
+def write_adapter(
+    target: Path, modules: Mapping[str, Pair], settings: Mapping[str, Any], dtype: np.dtype, card: bytes = b""
+) -> int:
     """Writes a directory that PEFT loads, visible when it is whole; returns the bytes of its tensors.
+
+    card: its README.md; empty for none.
 
     Raises:
         UserError: the directory is taken.
@@ -90,6 +97,8 @@ def write_adapter(target: Path, modules: Mapping[str, Pair], settings: Mapping[s
     }
     with new_directory(target) as partial:
         (partial / SETTINGS).write_bytes(to_json(settings))
+        if card:
+            (partial / CARD).write_bytes(card)
         with (partial / TENSORS).open("wb") as stream:
             stream.write(header_of({name: (array.dtype, array.shape) for name, array in tensors.items()}))
             for array in tensors.values():

@@ -45,8 +45,8 @@ def make_parser() -> Parser:
         "convert",
         "Writes a model as a Hugging Face directory, which transformers, vLLM and llama.cpp's converter read.\n"
         "SRC is a run directory, a Hugging Face directory, a .gguf file or a llama2.c .bin file. Nothing is visible\n"
-        "under DST until all of it is there. A run that trained adapters is written with them added to its weights,\n"
-        "or with --adapter they alone, as PEFT reads them.",
+        "under DST until all of it is there; a card (README.md) says what it is and where it comes from. A run that\n"
+        "trained adapters is written with them added to its weights, or with --adapter they alone, as PEFT reads them.",
         [
             "qmax convert runs/demo/sft models/demo",
             "qmax convert models/Qwen3-0.6B models/Qwen3-0.6B-f32 --dtype float32",
@@ -74,8 +74,9 @@ def convert(source: Source, target: Path, dtype: str = "") -> dict[str, Any]:
     from model.hf.families import family_of_config
     from model.hf.placing import TensorFiles
     from model.hf.reading import Checkpoint
-    from model.hf.writing import tensor_bytes, write_checkpoint
+    from model.hf.writing import common_type, tensor_bytes, write_checkpoint
     from model.load import layout
+    from model.model_card import CARD, model_card
     from model.tree import make_skeleton
     from sharding.mesh import MeshConfig, make_mesh
 
@@ -94,8 +95,9 @@ def convert(source: Source, target: Path, dtype: str = "") -> dict[str, Any]:
         weights: Mapping[str, Any] = source.streamed()
     else:
         weights = source.weights(layout(skeleton, make_mesh(MeshConfig(), jax.devices()[:1])), "float32")
-    files, settings = beside(source)
+    files, settings, tokens = beside(source)
     form: dict[str, Any] = {"dtype": dtype or "bfloat16", "kept": kept, "experts": experts}
+    files[CARD] = model_card(source, target.absolute().name, tokens, common_type(config, skeleton.shapes, **form))
     total = sum(tensor_bytes(config, skeleton.shapes, **form).values())
     done = 0
 
@@ -114,8 +116,8 @@ def convert(source: Source, target: Path, dtype: str = "") -> dict[str, Any]:
     }
 
 
-def beside(source: Source) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Files of the tokenizer and for generation, and what the tokenizer adds to config.json."""
+def beside(source: Source) -> tuple[dict[str, bytes], dict[str, Any], int]:
+    """Files of the tokenizer and for generation, what the tokenizer adds to config.json, and how many tokens it has."""
     from model.hf.reading import Checkpoint
     from model.hf.writing import to_json
     from model.tokenizer_export import hugging_face_files
@@ -126,10 +128,11 @@ def beside(source: Source) -> tuple[dict[str, bytes], dict[str, Any]]:
         print(f"qmax: {exc}; the weights are written without a tokenizer", file=sys.stderr)
         # Where a sequence ends a classifier knows by it.
         padding = source.settings.get("pad_token_id") if isinstance(source, Checkpoint) else None
-        return {}, {} if padding is None else {"pad_token_id": padding}
+        return {}, {} if padding is None else {"pad_token_id": padding}, 0
     files = hugging_face_files(tokenizer)
     ends = list(tokenizer.stop_ids)
     generation: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_id, "do_sample": True}
     own = source.path / "generation_config.json"
     files["generation_config.json"] = own.read_bytes() if own.is_file() else to_json(generation)
-    return files, {"eos_token_id": ends[0] if ends else None, "pad_token_id": tokenizer.pad_id}
+    added = {"eos_token_id": ends[0] if ends else None, "pad_token_id": tokenizer.pad_id}
+    return files, added, tokenizer.vocab_size

@@ -68,7 +68,7 @@ def _parser() -> Parser:
         f"MODEL is {MODELS}.",
         [
             "qmax serve runs/demo/sft",
-            "qmax serve Qwen3-0.6B --name qwen3 --slots 32 --context 8192",
+            "qmax serve models/Qwen3-0.6B --name qwen3 --slots 32 --context 8192",
             f"{KEYS}=secret qmax serve runs/demo/sft --host 0.0.0.0 --port 8000",
         ],
     )
@@ -118,8 +118,15 @@ def _parser() -> Parser:
     parser.add_argument(
         "--deterministic", action="store_true", help="the same bits whatever else is asked, more slowly"
     )
-    parser.add_argument("--weights", choices=("same", "int8"), default="same", help="how matrices are kept")
-    parser.add_argument("--kv", choices=("same", "int8"), default="same", help="how keys and values are kept")
+    parser.add_argument(
+        "--weights", choices=("same", "int8"), default="same", help="how matrices are kept (default: same, as they are)"
+    )
+    parser.add_argument(
+        "--kv",
+        choices=("same", "int8"),
+        default="same",
+        help="how keys and values are kept (default: same, as activations)",
+    )
     add_placement(parser)
     return parser
 

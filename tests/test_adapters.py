@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 import qmax
 from errors import UserError
@@ -212,6 +213,10 @@ def test_an_adapter_that_was_trained_is_served_by_its_name(tmp_path: Path) -> No
     assert qmax.main(["convert", str(tuned), str(tmp_path / "peft"), "--adapter"]) == 0
     settings = json.loads((tmp_path / "peft/adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(base) and settings["target_modules"] == ["o_proj", "q_proj"]
+    card = (tmp_path / "peft" / "README.md").read_text()
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert (header["library_name"], header["base_model"]) == ("peft", str(base)) and "license" not in header
+    assert "rank 2, alpha 16, of q o" in card and 'PeftModel.from_pretrained(model, "peft")' in card
     for path, pair in read_adapter(tmp_path / "peft", model.config).parts.items():
         for wanted, read in zip(adapter.parts[path], pair, strict=True):
             np.testing.assert_array_equal(read, wanted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ import pytest
 import qmax
 import terminal
 from errors import UserError
+from tests.pages import in_shell
+from tests.words import TRAIN, parser_of, understand
+from train.main import USAGE
 
 ROOT = Path(__file__).resolve().parent.parent
 VERBS = {
@@ -62,12 +66,28 @@ def test_help_names_every_verb() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(VERBS))
-def test_help_of_a_verb_shows_an_example(name: str) -> None:
+def test_help_of_a_verb_shows_examples_that_it_understands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     done = call(name, "--help")
     assert done.returncode == 0, done.stderr
     usage, _, rest = done.stdout.partition("\n")
     assert usage.startswith(f"usage: qmax {name}")
-    assert f"qmax {name}" in rest, "no example"
+    examples = list(in_shell(rest.partition("examples:\n")[2], Path(name), 1, marked=False))
+    assert any(example.words[0] == name for example in examples), "no example"
+    monkeypatch.chdir(ROOT)
+    for example in examples:
+        understand(list(example.words), monkeypatch)
+
+
+@pytest.mark.parametrize("name", sorted(VERBS - {"train"}))
+def test_every_option_is_explained(name: str) -> None:
+    silent = [action.dest for action in parser_of(name)._actions if not action.help]
+    assert not silent, f"qmax {name} does not explain {silent}"
+
+
+def test_options_of_train_are_explained() -> None:
+    """Those that are no fields; of fields a test of the layout sees that each has a sentence."""
+    for option in (TRAIN | {"--json", "--help"}) - {"--field"}:
+        assert re.search(rf"^  (-h, )?{option}( [A-Z:]+)?  +\w+ \w+", USAGE, re.MULTILINE), option
 
 
 @pytest.mark.parametrize(

@@ -37,13 +37,11 @@ def dry_run(**variables: str) -> list[list[str]]:
 
 
 def shell_commands() -> dict[str, list[str]]:
-    """Words of every `./run.sh VERB ...` in the recipes and in sharding/README.md, by place."""
+    """Words of every `./run.sh VERB ...` in the recipes, by place."""
     texts = {path.name: path.read_text() for path in (LAUNCH / "skypilot.yaml", LAUNCH / "jobset.yaml")}
     texts["jobset.yaml"] = " ".join(texts["jobset.yaml"].split("- >-\n")[1].split("ports:")[0].split())
     texts["skypilot.yaml"] = read("skypilot.yaml")["run"]
     texts["gcloud.sh"] = "\n".join(words[-1] for words in dry_run())
-    readme = (ROOT / "sharding" / "README.md").read_text()
-    texts["README.md"] = "\n".join(re.findall(r"```\n(.*?)```", readme, re.DOTALL))
     found: dict[str, list[str]] = {}
     for name, text in texts.items():
         for number, match in enumerate(re.findall(r"\./run\.sh (.*)", text.replace("\\\n", " "))):
@@ -70,12 +68,11 @@ def test_qmax_understands_every_command(place: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(ROOT)
     assert main.train_main(words) == 0
     assert len(seen) == 1
-    if "README" not in place:
-        assert seen[0][1], "without --resume a restart would begin anew, or be refused"
+    assert seen[0][1], "without --resume a restart would begin anew, or be refused"
 
 
 def test_each_recipe_has_its_command() -> None:
-    assert {place.split()[0] for place in COMMANDS} == {"skypilot.yaml", "jobset.yaml", "gcloud.sh", "README.md"}
+    assert {place.split()[0] for place in COMMANDS} == {"skypilot.yaml", "jobset.yaml", "gcloud.sh"}
 
 
 def test_jobset_is_whole() -> None:

@@ -119,3 +119,9 @@ def test_a_converted_run_is_the_run(tmp_path: Path) -> None:
     assert qmax.main(["convert", str(tmp_path / "run"), str(tmp_path / "bf16")]) == 0
     assert {entry.dtype.name for entry in Directory(tmp_path / "bf16").entries.values()} == {"bfloat16"}
     assert qmax.main(["convert", str(tmp_path / "run"), str(tmp_path / "bf16")]) == 2
+    card = (tmp_path / "bf16" / "README.md").read_text()
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    seen, loss = sum(record["tokens"] for record in records), records[-1]["validation_loss"]
+    facts = f"objective pretrain, step 2 of 2, {seen:,} tokens seen, last validation loss {loss:.4g}."
+    assert f"Trained by qmax in the run `run`: {facts}" in card
+    assert "| tokenizer | 512 tokens |" in card and "qmax generate bf16" in card and "qmax chat" not in card

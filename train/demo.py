@@ -36,7 +36,9 @@ def demo_main(argv: list[str]) -> int:
         "again, it goes on where it stopped.",
         ["qmax demo", "qmax demo --fast --out /tmp/demo"],
     )
-    parser.add_argument("--out", default="runs/demo", help="where everything goes (default: %(default)s)")
+    parser.add_argument(
+        "--out", metavar="DIR", default="runs/demo", help="where everything goes (default: %(default)s)"
+    )
     parser.add_argument("--fast", action="store_true", help="a part of the steps, for a look in under four minutes")
     args = parser.parse_args(argv)
     started = time.monotonic()

@@ -19,7 +19,11 @@ LARGE_CACHE = 20 * 2**30
 
 def doctor_main(argv: list[str]) -> int:
     """Prints the machine and what will be slow on it; `--json FILE` for programs."""
-    parser = Parser("doctor", "Shows what is on this machine and what will be slow, and why.", ["qmax doctor"])
+    parser = Parser(
+        "doctor",
+        "Shows what is on this machine (Python, jax, devices, memory) and what will be slow, and why.",
+        ["qmax doctor", "qmax doctor --json machine.json"],
+    )
     parser.add_json()
     args = parser.parse_args(argv)
     facts = examine()

@@ -15,12 +15,18 @@ from train.data.system import be_quiet
 USAGE = """usage: qmax train CONFIG [--FIELD VALUE ...] [--resume] [--json FILE]
 
 Trains the model that CONFIG describes: a Python file with a function run() that returns a Run, or the
-name of one in configs/. Any field can be given another value:
+name of one in configs/. Its `objective` says what is learned from: text (pretrain), conversations (sft),
+pairs of replies (dpo, reward), judged replies (kto), rewards for own replies (rl), a teacher (distill).
+Any field can be given another value. train/README.md shows every objective.
 
+examples:
   qmax train configs/tiny.py --steps 200 --optimizer.learning-rate 1e-3 --out runs/first
-  qmax train configs/tiny.py --mesh.fsdp 4 --mesh.tensor 2          on eight devices
-  qmax train configs/tiny.py --out runs/first --resume              goes on where it stopped
+  qmax train configs/tiny.py --mesh.fsdp 4 --mesh.tensor 2          # on eight devices
+  qmax train configs/tiny.py --out runs/first --resume              # goes on where it stopped
+  qmax train configs/tiny.py --objective sft --init-from runs/first --data.sources chats.jsonl --out runs/chats
 
+options:
+  -h, --help   show this; after a CONFIG, every field with its value and meaning too
   --resume     continue from the newest good checkpoint in --out; starts afresh when there is none
   --json FILE  write the last step's metrics there
   --stopped-code N  exit code of a run that was asked to stop before its last step (default 0): for

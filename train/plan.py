@@ -51,17 +51,34 @@ def make_parser() -> Parser:
         ],
     )
     parser.add_argument("config", metavar="CONFIG", help="the config, as `qmax train` takes it")
-    parser.add_argument("--topology", required=True, help="generation and shape of a slice, such as v5p:4x4x8")
-    parser.add_argument("--slices", type=int, default=1, help="slices, one after the other along `data` (default: 1)")
-    parser.add_argument("--mode", choices=("train", "prefill", "decode"), default="train", help="which step (train)")
-    parser.add_argument("--rows", type=int, default=256, help="prefill, decode: rows at a time (default: 256)")
-    parser.add_argument("--context", type=int, default=8192, help="prefill, decode: positions of a row (8192)")
     parser.add_argument(
-        "--weights", choices=("same", "int8"), default="same", help="prefill, decode: how stored (same)"
+        "--topology", required=True, metavar="GEN:SHAPE", help="generation and shape of a slice, such as v5p:4x4x8"
     )
-    parser.add_argument("--tokens", type=float, default=1e12, help="a budget of tokens, for its cost (default: 1e12)")
-    parser.add_argument("--price", type=float, default=0.0, help="of a chip for an hour, in any money")
-    parser.add_argument("--search", type=int, default=0, metavar="N", help="try meshes, compile the N likeliest, rank")
+    parser.add_argument(
+        "--slices", type=int, default=1, metavar="N", help="slices, along the mesh axis data (default: 1)"
+    )
+    parser.add_argument(
+        "--mode", choices=("train", "prefill", "decode"), default="train", help="which step (default: train)"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=256, metavar="N", help="prefill, decode: rows at a time (default: 256)"
+    )
+    parser.add_argument(
+        "--context", type=int, default=8192, metavar="N", help="prefill, decode: positions of a row (default: 8192)"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("same", "int8"),
+        default="same",
+        help="prefill, decode: how matrices are stored (default: same)",
+    )
+    parser.add_argument(
+        "--tokens", type=float, default=1e12, metavar="N", help="a budget of tokens, for its cost (default: 1e12)"
+    )
+    parser.add_argument("--price", type=float, default=0.0, metavar="X", help="of a chip for an hour, in any money")
+    parser.add_argument(
+        "--search", type=int, default=0, metavar="N", help="try meshes, compile the N likeliest and rank them"
+    )
     parser.add_json()
     return parser
 

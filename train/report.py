@@ -29,8 +29,9 @@ def report_main(argv: list[str]) -> int:
     """`qmax report RUN [--json FILE]`."""
     parser = Parser(
         "report",
-        "Draws what a training run measured into RUN/report.html: losses, rates, norms, expert load.",
-        ["qmax report runs/demo"],
+        "Draws what a training run measured into RUN/report.html: losses, rates, norms, expert load,\n"
+        "rewards and replies. --json writes the same in numbers.",
+        ["qmax report runs/demo/pretrain", "qmax report runs/demo/sft --json numbers.json"],
     )
     parser.add_argument("run", metavar="RUN", help="directory that qmax train wrote")
     parser.add_json()

@@ -69,7 +69,7 @@ def make_parser() -> Parser:
         "score",
         'Log-probabilities of given tokens under a model. Rows of the input are {"text": ...} or {"tokens": [...]};\n'
         'rows of the output {"tokens": [...], "logprobs": [null, ...]}, in the same order: natural logarithms, one\n'
-        "for each token, none for the first.",
+        "for each token, none for the first. The perplexity of all of it is printed.",
         ["qmax score runs/demo/sft --input rows.jsonl --output scores.jsonl"],
     )
     parser.add_argument("model", type=Path, metavar="MODEL", help="run or model directory, .gguf or llama2.c file")

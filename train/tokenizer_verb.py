@@ -81,7 +81,9 @@ def _parser() -> Parser:
         ],
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="text to learn from; globs are taken")
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="tokens, control tokens included")
+    parser.add_argument(
+        "--vocab-size", type=int, metavar="N", help="tokens, control tokens included (not with --extend)"
+    )
     parser.add_argument("--extend", type=Path, metavar="MODEL", help="model or tokenizer whose vocabulary to add to")
     parser.add_argument("--add", type=int, metavar="N", help="tokens to add to it")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")

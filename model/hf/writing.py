@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import prod
@@ -39,6 +40,14 @@ def tensor_bytes(
     rules = model_rules(config, family_of_config(config), experts)
     types = _types(rules, shapes, dtype, kept)
     return {name: prod(shape) * types[name].itemsize for name, shape in expected_tensors(rules, shapes).items()}
+
+
+def common_type(
+    config: ModelConfig, shapes: Shapes, *, dtype: str, kept: Mapping[str, np.dtype], experts: Experts | None
+) -> str:
+    """What most tensors that `write_checkpoint` writes with these arguments are stored as."""
+    types = _types(model_rules(config, family_of_config(config), experts), shapes, dtype, kept)
+    return Counter(types.values()).most_common(1)[0][0].name
 
 
 def _types(rules: list[Rule], shapes: Shapes, dtype: str, kept: Mapping[str, np.dtype]) -> dict[str, np.dtype]:
@@ -82,8 +91,8 @@ def write_checkpoint(
     types = _types(rules, shapes, dtype, kept or {})
     expected = expected_tensors(rules, shapes)
     sizes = tensor_bytes(config, shapes, dtype=dtype, kept=kept or {}, experts=experts)
-    common = max(types.values(), key=list(types.values()).count)
-    header = {**settings_of(config, family), "dtype": common.name, "torch_dtype": common.name, **(settings or {})}
+    common = Counter(types.values()).most_common(1)[0][0].name
+    header = {**settings_of(config, family), "dtype": common, "torch_dtype": common, **(settings or {})}
     with new_directory(target) as partial:
         for name, content in {**files, "config.json": to_json(header)}.items():
             (partial / name).write_bytes(content)

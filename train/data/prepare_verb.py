@@ -44,8 +44,12 @@ def _parser() -> Parser:
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="holds tokenizer.model or tokenizer.json")
     parser.add_argument("--out", required=True, metavar="DIR", help="the store: new, or to be resumed")
     parser.add_argument("--objective", choices=KINDS, default="pretrain", help="kind of rows (default: pretrain)")
-    parser.add_argument("--max-bad-rows", type=int, default=100, metavar="N", help="malformed rows to skip (100)")
-    parser.add_argument("--shard-tokens", type=int, metavar="N", help="tokens after which a shard ends (67 million)")
+    parser.add_argument(
+        "--max-bad-rows", type=int, default=100, metavar="N", help="malformed rows to skip (default: 100)"
+    )
+    parser.add_argument(
+        "--shard-tokens", type=int, metavar="N", help="tokens after which a shard ends (default: 67 million)"
+    )
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes; 0 for none (default: by size of the input)"
     )
