@@ -145,8 +145,8 @@ def execute(notebook: Any, folder: Path, hub: Path) -> None:
 
 
 def text_of(cell: Any) -> str:
-    """What a cell has printed."""
-    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+    """What a cell has printed; warnings and progress go elsewhere."""
+    return "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +156,6 @@ def toured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     notebook, folder = read(), tmp_path_factory.mktemp("tour")
     notebook.cells.append(nbformat.v4.new_code_cell(FACTS, id="facts"))
     execute(notebook, folder, folder / "hub")
-    if kept := os.environ.get("QMAX_TOUR"):
-        nbformat.write(notebook, kept)
     cells = {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
     return {**cells, "facts": json.loads(text_of(cells["facts"]))}
 
@@ -171,10 +169,10 @@ def test_it_runs_from_top_to_bottom(toured: dict[str, Any]) -> None:
     toured["facts"] = facts
     losses, chat_losses = facts["losses"], facts["chat_losses"]
     assert 5 < losses[0] < 7 and losses[-1] < losses[0] - 2 and facts["held_out"][-1] < facts["held_out"][0]
-    assert min(chat_losses[-5:]) < chat_losses[0] / 2
+    assert min(chat_losses[-5:]) < 1 < chat_losses[0] / 2
     assert facts["served"] == ["story", "chat"] == list(facts["replies"])
     assert facts["replies"]["chat"].startswith("Hello! How can I help you") and facts["replies"]["story"]
-    assert text_of(toured["stream"])
+    assert text_of(toured["stream"]) and list(facts["rates"]) == ["8", "1", "2", "4"]
 
 
 def test_without_a_hub_the_open_model_is_skipped_in_one_sentence(toured: dict[str, Any]) -> None:
