@@ -93,9 +93,9 @@ def test_prose_stands_before_every_part() -> None:
 
 def test_the_badge_opens_this_notebook_of_the_repository_that_it_clones() -> None:
     (link,) = re.findall(r"\]\((https://colab\.research\.google\.com/github/[^)]*)\)", (ROOT / "README.md").read_text())
-    owner, path = re.fullmatch(
-        r"https://colab\.research\.google\.com/github/([^/]+/[^/]+)/blob/main/(.+)", link
-    ).groups()
+    found = re.fullmatch(r"https://colab\.research\.google\.com/github/([^/]+/[^/]+)/blob/main/(.+)", link)
+    assert found is not None
+    owner, path = found.groups()
     assert ROOT / path == TOUR
     assert f'"https://github.com/{owner}"' in CELLS["install"]
 
