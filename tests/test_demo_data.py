@@ -78,6 +78,14 @@ def test_pairs_differ() -> None:
     assert good >= 990
 
 
+def test_the_chosen_sum_is_right_and_none_is_held_out() -> None:
+    held = {problem.prompt[0]["content"] for problem in open_task(TASK).problems("test")}
+    for row in rows("preferences_arithmetic.jsonl.gz"):
+        a, b = map(int, row["prompt"].rstrip("=").split("+"))
+        assert row["prompt"] not in held and f"{b}+{a}=" not in held
+        assert int(row["chosen"]) == a + b != int(row["rejected"]) and int(row["rejected"]) >= 0
+
+
 def test_a_third_of_the_sums_are_right_and_none_is_held_out() -> None:
     task = open_task(TASK)
     held, known = ({problem.id: problem.answer for problem in task.problems(split)} for split in ("test", "train"))

@@ -265,6 +265,9 @@ class Learner:
         ]
         found = {"validation_reward": float(np.mean([sample.reward for sample in samples]))}
         found |= {"validation_reply_tokens": float(np.mean([s.length for s in samples]))}
+        if not any(isinstance(reward, GradeReward) for reward in self.rewards):
+            # What the task itself says of replies that others reward: whether these rewards are worth following.
+            found["validation_grade"] = float(np.mean(GradeReward()(asked, samples)))
         return found | self.of_answers(state, samples), shown
 
     def of_answers(self, state: TrainState, samples: Sequence[Sample]) -> dict[str, float]:
