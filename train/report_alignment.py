@@ -89,6 +89,9 @@ def _reward_charts(records: Sequence[Record]) -> list[str]:
     ]
     return [
         line_chart("Reward", rewards, marks=marks),
+        line_chart(
+            "What the task itself says of held-out replies", [held_out(records, "validation_grade")], marks=marks
+        ),
         line_chart("Reward by its parts", each, marks=marks),
         line_chart("Tokens of a reply", lengths, zero=True),
         line_chart("Replies that teach little", shares, zero=True, show=percent),
