@@ -1,6 +1,6 @@
 """Reward puts right what a model has learnt wrong: GSPO (arXiv 2507.18071) on the model of configs/arithmetic.py.
 
-Hardware: 2 CPU cores, about 3 minutes. Expected: of held-out sums a quarter is right before, more than nine tenths after.
+Hardware: 2 CPU cores, about 3 minutes. Expected: of held-out sums a quarter is right before, over nine tenths after.
 
     ./run.sh train configs/arithmetic_gspo.py --init-from runs/arithmetic --out runs/arithmetic-gspo
 """

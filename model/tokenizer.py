@@ -242,14 +242,15 @@ class Tokenizer:
 
         Those are its thoughts, words and calls and the token that ends its turn, in every turn as it is shown (Qwen3
         shows earlier turns without thoughts); with `learned`, which has a word for each turn of the assistant in their
-        order, in those turns alone. An empty block of thoughts is the prompt's where thinking is off
-        (`enable_thinking=False` writes it), so it is the assistant's only where the last of "/think" and "/no_think"
-        that it was told is "/no_think": there the model opens and closes it by itself (arXiv 2505.09388, 4.3).
+        order, in those turns alone. The empty block that a turn without thoughts begins with is the assistant's too, so
+        that a model that never learnt to think answers the prompt that chats end with (arXiv 2505.09388, 4.3, has it
+        write the block for "/no_think"); but where the last of "/think" and "/no_think" that it was told is "/think",
+        which such a turn does not do, the block is not learned.
 
         UserError when the template does not tell turns apart.
         """
         parts = self._parts(self._template.render(messages, tools))
-        switches = _no_think(messages)
+        switches = _told_to_think(messages)
         own = sum(begins for _, begins in parts)
         if not own and switches:
             raise UserError(
@@ -271,7 +272,7 @@ class Tokenizer:
             for text, opened in self._opening(part) if is_own else [(part, False)]:
                 tokens = self._encode_structure(text)
                 ids += tokens
-                owned += [learn and (switch or not opened)] * len(tokens)
+                owned += [learn and not (opened and switch)] * len(tokens)
         return ids, owned
 
     def _parts(self, marked: str) -> list[tuple[str, bool]]:
@@ -345,17 +346,17 @@ SWITCH = re.compile(r"(?<![A-Za-z0-9_./-])/(?:no_)?think(?![A-Za-z0-9_/-])")
 """Qwen3's words to the model, in what users and the system say: the last one holds until the next."""
 
 
-def _no_think(messages: Messages) -> list[bool]:
-    """For each turn of the assistant, whether the last switch that it was told is "/no_think"."""
+def _told_to_think(messages: Messages) -> list[bool]:
+    """For each turn of the assistant, whether the last switch that it was told is "/think"."""
     found: list[bool] = []
-    off = False
+    on = False
     for message in messages:
         if message["role"] == "assistant":
-            found.append(off)
+            found.append(on)
         elif message["role"] in ("system", "user"):
             content = message.get("content")
             texts = [content] if isinstance(content, str) else [part["text"] for part in content or []]
-            off = next((word == "/no_think" for word in reversed(SWITCH.findall("\n".join(texts)))), off)
+            on = next((word == "/think" for word in reversed(SWITCH.findall("\n".join(texts)))), on)
     return found
 
 

@@ -231,7 +231,10 @@ def test_pairs_and_votes_are_what_people_wrote(place: Path) -> None:
             sequences({k: v[i] for k, v in b.items()}) for b in take(opened(place, objective), 2) for i in (0, 3)
         ):
             for own, other in zip(row[::2], row[1::2], strict=True):
-                learned, beside = (spelled(one["targets"][one["weights"] > 0]) for one in (own, other))
+                learned, beside = (
+                    spelled(one["targets"][one["weights"] > 0]).removeprefix("<think>\n\n</think>\n\n")
+                    for one in (own, other)
+                )
                 number = int(learned.split()[1])
                 question = f"user\nquestion {number}<|im_end|>"
                 assert question in spelled(own["tokens"])

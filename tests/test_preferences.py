@@ -157,6 +157,9 @@ def spelled(tokens: Any) -> str:
     return byte_tokenizer().decode(tokens.tolist())
 
 
+EMPTY = "<think>\n\n</think>\n\n"
+
+
 def test_a_pair_is_one_document_with_a_header_and_both_sides() -> None:
     row = {"prompt": [*ASKED, assistant("old"), user("again")], "chosen": GOOD, "rejected": "5!", "margin": 0.5}
     document = encoded("preference", row)
@@ -164,13 +167,13 @@ def test_a_pair_is_one_document_with_a_header_and_both_sides() -> None:
     first, margin = document.tokens[:2].tolist()
     assert margin == 50
     head = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\nold<|im_end|>\n<|im_start|>user\nagain<|im_end|>\n"
-    head += "<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    assert spelled(document.tokens[2 : 2 + first]) == head + "4<|im_end|>\n"
-    assert spelled(document.tokens[2 + first :]) == head + "5!<|im_end|>\n"
+    head += "<|im_start|>assistant\n"
+    assert spelled(document.tokens[2 : 2 + first]) == f"{head}{EMPTY}4<|im_end|>\n"
+    assert spelled(document.tokens[2 + first :]) == f"{head}{EMPTY}5!<|im_end|>\n"
     learned = document.loss_mask
     assert not learned[:2].any()
-    assert spelled(document.tokens[2 : 2 + first][learned[2 : 2 + first]]) == "4<|im_end|>"
-    assert spelled(document.tokens[2 + first :][learned[2 + first :]]) == "5!<|im_end|>"
+    assert spelled(document.tokens[2 : 2 + first][learned[2 : 2 + first]]) == f"{EMPTY}4<|im_end|>"
+    assert spelled(document.tokens[2 + first :][learned[2 + first :]]) == f"{EMPTY}5!<|im_end|>"
 
 
 def test_a_judged_reply_is_one_document_with_a_header() -> None:
@@ -179,7 +182,7 @@ def test_a_judged_reply_is_one_document_with_a_header() -> None:
         assert document.tokens[0] == good
         assert document.loss_mask is not None
         assert spelled(document.tokens[1:]).startswith("<|im_start|>user\n2+2?")
-        assert spelled(document.tokens[document.loss_mask]) == "4<|im_end|>"
+        assert spelled(document.tokens[document.loss_mask]) == f"{EMPTY}4<|im_end|>"
 
 
 def test_what_differs_in_a_way_that_the_template_does_not_show_is_no_pair() -> None:

@@ -68,12 +68,15 @@ def learned(messages: list[Turn], kind: Kind = "sft", tokenizer: Callable[[], To
 # Weights and turns
 
 
+EMPTY = "<think>\n\n</think>\n\n"
+
+
 def test_turns_of_weight_0_are_not_learned() -> None:
     def turns(*weights: Any) -> list[Turn]:
         return [turn for i, w in enumerate(weights) for turn in (user(f"q{i}"), assistant(f"a{i}", weight=w))]
 
-    assert learned(turns(None, None, None)) == "a0<|im_end|>a1<|im_end|>a2<|im_end|>"
-    assert learned(turns(0, 1, None)) == "a1<|im_end|>a2<|im_end|>"
+    assert learned(turns(None, None, None)) == f"a0<|im_end|>a1<|im_end|>{EMPTY}a2<|im_end|>"
+    assert learned(turns(0, 1, None)) == f"a1<|im_end|>{EMPTY}a2<|im_end|>"
     assert learned(turns(1, 1, 0)) == "a0<|im_end|>a1<|im_end|>"
     assert learned(turns(0, 0)) == "no token of the assistant, so nothing to learn"
     assert learned(turns(1, 0.5)) == '"weight" is 0.5, neither 0 nor 1'
@@ -83,9 +86,9 @@ def test_turns_of_weight_0_are_not_learned() -> None:
 
 def test_the_last_turn_alone() -> None:
     messages = [user("q"), assistant("a", weight=0), user("r"), assistant("b")]
-    assert learned(messages, "sft-last") == "b<|im_end|>"
+    assert learned(messages, "sft-last") == f"{EMPTY}b<|im_end|>"
     assert learned([*messages[:3], assistant("b", weight=0)], "sft-last").startswith("no token of the assistant")
-    assert learned([*messages, user("bye")], "sft-last") == "b<|im_end|>"
+    assert learned([*messages, user("bye")], "sft-last") == "b<|im_end|>", "the template shows a block in last turns"
 
 
 def test_weights_change_no_token() -> None:
@@ -126,30 +129,33 @@ def test_turns_that_a_template_does_not_show_one_by_one_cannot_be_told_apart() -
 
 
 @BOTH
-def test_what_the_prompt_ends_with_is_not_learned(tokenizer: Callable[[], Tokenizer]) -> None:
-    """With or without thoughts: prompt and learned tokens are the conversation up to the end of its last turn."""
+def test_prompt_and_learned_tokens_are_the_conversation(tokenizer: Callable[[], Tokenizer]) -> None:
+    """With or without thoughts, up to the end of its last turn; a prompt without thinking goes on a little further."""
     for thinks in (True, False):
         reply = assistant("Four.", **({"reasoning_content": "I add."} if thinks else {}))
         ids, mask = tokenizer().encode_conversation([user("2+2?"), reply])
-        prompt = tokenizer().encode_chat([user("2+2?")], add_generation_prompt=True, enable_thinking=thinks)
+        prompt = tokenizer().encode_chat([user("2+2?")], add_generation_prompt=True)
         assert ids[: len(prompt)] == prompt
         assert mask.index(True) == len(prompt)
-        said = "<think>\nI add.\n</think>\n\nFour." if thinks else "Four."
-        assert tokenizer().decode(np.array(ids)[mask].tolist()) == said + "<|im_end|>"
+        thoughts = "\nI add.\n" if thinks else "\n\n"
+        said = f"<think>{thoughts}</think>\n\nFour.<|im_end|>"
+        assert tokenizer().decode(np.array(ids)[mask].tolist()) == said
+        further = tokenizer().encode_chat([user("2+2?")], add_generation_prompt=True, enable_thinking=False)
+        assert thinks or ids[: len(further)] == further
 
 
 @BOTH
-def test_the_block_is_the_models_where_it_was_told_not_to_think(tokenizer: Callable[[], Tokenizer]) -> None:
-    empty = "<think>\n\n</think>\n\n"
+def test_the_block_is_the_models_unless_it_was_told_to_think(tokenizer: Callable[[], Tokenizer]) -> None:
+    empty = EMPTY
     cases = {
         "2+2? /no_think": empty,
         "2+2?/no_think": empty,
-        "2+2?": "",
+        "2+2?": empty,
         "2+2? /think": "",
         "/no_think no, /think": "",
         "/think no, /no_think": empty,
-        "see docs/no_think": "",
-        "see /no_thinking": "",
+        "see docs/think": empty,
+        "see /thinking": empty,
     }
     for text, expected in cases.items():
         assert learned([user(text), assistant("4")], tokenizer=tokenizer) == f"{expected}4<|im_end|>", text
@@ -216,7 +222,8 @@ def test_policies_give_the_rows_that_they_name(tmp_path: Path, capsys: pytest.Ca
         text = byte_tokenizer().decode(targets.tolist())
         assert len(targets) == 40
         assert text.startswith("user\nq") if too_long == "cut" else text.endswith("bc<|im_end|>\n")
-        assert weights.sum() == (targets == b).sum() + (too_long == "cut_left") * 2
+        block = len(byte_tokenizer().encode(EMPTY, specials=True)) if too_long == "cut" else 0
+        assert weights.sum() == (targets == b).sum() + block + (too_long == "cut_left") * 2
         assert (rows[0]["positions"][0] == np.arange(40)).all()
         assert "1 of 2 conversations" in capsys.readouterr().err
     data = opened(tmp_path, too_long="drop")

@@ -14,6 +14,8 @@ from typing import Any
 from errors import UserError
 from model.config import ModelConfig
 from terminal import Parser, print_table, write_json
+from train.evaluation.results import NAME as RESULTS
+from train.evaluation.results import evaluation_charts, read_results
 from train.report_alignment import alignment_charts, sample_cards
 from train.report_plots import expert_heat_map, line_chart, short, time_heat_map
 from train.report_records import held_out, load, marks_of, median_of, points, series, values
@@ -119,7 +121,9 @@ def _page(run_dir: Path, config: Mapping[str, Any], records: Sequence[Mapping[st
     body = [f"<header><h1>{title}</h1>{_tiles(records)}</header>"]
     body.append(f"<section>{_facts(config, records)}</section>")
     objective = config["run"].get("objective", "pretrain")
+    examined = run_dir / "eval" / RESULTS
     groups = [
+        evaluation_charts(read_results(examined)) if examined.exists() else [],
         alignment_charts(config["run"], records),
         _course_charts(objective, records),
         _expert_charts(config, records),

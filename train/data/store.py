@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from train.data.kinds import Kind
 
 FORMAT = 1
-MASKS = 2
+MASKS = 3
 """Version of the rules by which tokens of conversations are learned."""
 RECORD_TOKENS = 1 << 14
 """Tokens in a record: a row of a long document is read without the rest of it."""

@@ -8,13 +8,15 @@ import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from errors import UserError
 from terminal import write_json
-from train.evaluation.measuring import Result
 from train.report_plots import bar_chart
 from train.report_style import STYLE
+
+if TYPE_CHECKING:
+    from train.evaluation.measuring import Result
 
 NAME = "results.json"
 
@@ -97,6 +99,22 @@ def comparison_charts(records: Sequence[Mapping[str, Any]]) -> list[str]:
         bars = [(label, task["score"] or 0.0, 1.96 * (task["stderr"] or 0.0)) for label, task in having]
         charts.append(bar_chart(f"{name}: {metric}", bars))
     return charts
+
+
+def evaluation_charts(record: Mapping[str, Any]) -> list[str]:
+    """What one model scored: a bar for each task whose score is a share, a table of everything."""
+    shares = [
+        (name, task["score"], 1.96 * (task["stderr"] or 0.0))
+        for name, task in record["tasks"].items()
+        if task["score"] is not None and 0 <= task["score"] <= 1
+    ]
+    rows = [
+        [f"{task}, {metric}" if task else metric, f"{shown(value, stderr)}{f', n = {n:,}' if n else ''}"]
+        for task, metric, value, stderr, n in rows_of_table(record["tasks"])
+    ]
+    cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(words)}</td></tr>" for name, words in rows)
+    table = f"<table><thead><tr><th colspan=2>Evaluation</th></tr></thead><tbody>{cells}</tbody></table>"
+    return [bar_chart("Evaluation, with 95 % intervals", shares), table] if rows else []
 
 
 def write_page(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

@@ -267,7 +267,7 @@ class Learner:
         found |= {"validation_reply_tokens": float(np.mean([s.length for s in samples]))}
         if not any(isinstance(reward, GradeReward) for reward in self.rewards):
             # What the task itself says of replies that others reward: whether these rewards are worth following.
-            found["validation_grade"] = float(np.mean(GradeReward()(asked, samples)))
+            found["validation_grade"] = float(np.mean(np.array(GradeReward()(asked, samples), np.float64)))
         return found | self.of_answers(state, samples), shown
 
     def of_answers(self, state: TrainState, samples: Sequence[Sample]) -> dict[str, float]:
