@@ -3,7 +3,7 @@
     ./run.sh plan configs/qwen3_235b_a22b.py --topology v5p:4x4x8
     ./run.sh plan configs/qwen3_235b_a22b.py --topology tpu7x:4x4x4                              # tpu7x-128
 
-By libtpu 0.0.52: on v5p-256 39.6 GiB per device at the peak, 27 % to 36 % MFU by the plan's model of the time; on
+By libtpu 0.0.52: on v5p-256 39.5 GiB per device at the peak, 28 % to 38 % MFU by the plan's model of the time; on
 tpu7x-128 39.9 GiB and 19 % to 28 %.
 """
 

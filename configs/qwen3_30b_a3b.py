@@ -4,7 +4,7 @@
     ./run.sh plan configs/qwen3_30b_a3b.py --topology v6e:8x8 --mesh.fsdp 16 --data.batch-size 64     # v6e-64
 
 By libtpu 0.0.52: on v6e-64 11.7 GiB per device at the peak, 10 % to 15 % MFU by the plan's model of the time; on v5p-32
-36.5 GiB and 19 % to 26 %.
+36.5 GiB and 20 % to 27 %.
 """
 
 from configs.run import DataConfig, OptimizerConfig, Run

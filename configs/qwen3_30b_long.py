@@ -2,7 +2,7 @@
 
     ./run.sh plan configs/qwen3_30b_long.py --topology v5p:4x4x4
 
-By libtpu 0.0.52: 18.5 GiB per device at the peak, 10 % MFU by the plan's model of the time. Attention along the ring is
+By libtpu 0.0.52: 18.3 GiB per device at the peak, 10 % MFU by the plan's model of the time. Attention along the ring is
 no kernel yet, and takes most of it.
 """
 

@@ -6,7 +6,7 @@
     ./run.sh plan configs/qwen3_8_max.py --topology v5p:2x4x4 --mode decode --weights int8 --rows 64 --mesh.fsdp 1 \\
         --mesh.expert 8 --mesh.tensor 4
 
-By libtpu 0.0.52, GiB of 95.7 per device at the peak: in full on 512 chips 93.2, 22 % to 30 % MFU by the plan's model of
+By libtpu 0.0.52, GiB of 95.7 per device at the peak: in full on 512 chips 92.5, 23 % to 32 % MFU by the plan's model of
 the time; adapters of rank 16 on 128 chips 69.9 (64 have no room for them), 18 % to 23 %; decoding 64 rows of 8,192
 positions with weights in 8 bits on 32 chips 84.7.
 """

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from train.evaluation.local import Local, fingerprint
 from train.evaluation.measuring import measure_likelihoods, measure_replies
 from train.evaluation.pieces import make_pieces
 from train.evaluation.remote import Remote, text_of
-from train.evaluation.results import compare, read_results
+from train.evaluation.results import compare, read_results, write_results
 from train.evaluation.verb import eval_main, file_name
+from train.report import write_report
 from train.scoring import Scorer
 from train.tasks.catalogue import open_any
 from train.tasks.likelihood import Continuation, Likelihood, Part, estimate
@@ -403,3 +405,15 @@ def test_arena_hard_is_answered_and_judged(tmp_path: Path, monkeypatch: pytest.M
     assert (found.n, found.score.value, who.asked, len(verdicts)) == (3, 1.0, 3, 6)
     assert measured().score == found.score and (who.asked, len(verdicts)) == (3, 6), "nothing is asked twice"
     assert len(list((tmp_path / "out").glob("model_*/**/*.jsonl"))) == 2
+
+
+def test_a_report_shows_what_the_run_scored(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"run": {"objective": "sft", "model": {}}}))
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": "a", "answer": "a"}, {"prompt": "b", "answer": "c"}])
+    found = replies_of(f"jsonl:{rows}", Told({"a": "a", "b": "b"}), run / "eval" / "rows.jsonl")
+    write_results(run / "eval", "told", "told", [replace(found, task="exact <b>")])
+    page = write_report(run).read_text()
+    assert "exact &lt;b&gt;, score" in page and "0.5 ± 0.5, n = 2" in page
+    assert "<b>, score" not in page

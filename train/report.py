@@ -123,10 +123,10 @@ def _page(run_dir: Path, config: Mapping[str, Any], records: Sequence[Mapping[st
     objective = config["run"].get("objective", "pretrain")
     examined = run_dir / "eval" / RESULTS
     groups = [
-        evaluation_charts(read_results(examined)) if examined.exists() else [],
         alignment_charts(config["run"], records),
         _course_charts(objective, records),
         _expert_charts(config, records),
+        evaluation_charts(read_results(examined)) if examined.exists() else [],
     ]
     drawn = [f"<main>{''.join(charts)}</main>" for charts in groups if any(charts)]
     drawn = drawn or ["<main>No step has been logged yet.</main>"]

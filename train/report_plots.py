@@ -96,16 +96,16 @@ def line_chart(
     return _figure(title + (", log scale" if log else ""), "".join(parts), HEIGHT, legend, marks)
 
 
-def bar_chart(title: str, bars: Sequence[tuple[str, float, float]], show: Callable[[float], str] = short) -> str:
-    """A figure with a bar for each (name, value, half of its interval), from 0 or the lowest value on."""
+def bar_chart(title: str, bars: Sequence[tuple[str, float, float]], end: float | None = None) -> str:
+    """A figure with a bar for each (name, value, half of its interval), from 0 or the lowest value to `end`."""
     if not bars:
         return ""
-    most = max(value + max(half, 0.0) for _, value, half in bars)
+    most = max([value + half for _, value, half in bars] + [end or 0.0])
     across = _Scale(min(0.0, *(value - half for _, value, half in bars)), most or 1.0, 8, WIDTH - 40)
     parts, height = [], 42
     for row, (name, value, half) in enumerate(bars):
         top, left = row * height, across(min(0.0, across.low))
-        words = f"{show(value)} ± {show(half)}" if half else show(value)
+        words = f"{short(value)} ± {short(half)}" if half else short(value)
         parts.append(_text(8, top + 14, f"{name}: {words}", "start"))
         parts.append(
             f'<rect class="c1 band" x="{left}" y="{top + 20}" width="{across(value) - left:.1f}" height="14"/>'

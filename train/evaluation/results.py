@@ -97,7 +97,8 @@ def comparison_charts(records: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         metric = next(iter(having[0][1]["metrics"]))
         bars = [(label, task["score"] or 0.0, 1.96 * (task["stderr"] or 0.0)) for label, task in having]
-        charts.append(bar_chart(f"{name}: {metric}", bars))
+        share = all(0 <= value <= 1 for _, value, _ in bars)
+        charts.append(bar_chart(f"{name}: {metric}", bars, end=1.0 if share else None))
     return charts
 
 
@@ -114,7 +115,7 @@ def evaluation_charts(record: Mapping[str, Any]) -> list[str]:
     ]
     cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(words)}</td></tr>" for name, words in rows)
     table = f"<table><thead><tr><th colspan=2>Evaluation</th></tr></thead><tbody>{cells}</tbody></table>"
-    return [bar_chart("Evaluation, with 95 % intervals", shares), table] if rows else []
+    return [bar_chart("Evaluation, with 95 % intervals", shares, end=1.0), table] if rows else []
 
 
 def write_page(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
