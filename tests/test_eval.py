@@ -411,6 +411,7 @@ def test_a_report_shows_what_the_run_scored(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text(json.dumps({"run": {"objective": "sft", "model": {}}}))
+    (run / "metrics.jsonl").write_text("")
     rows = write(tmp_path / "rows.jsonl", [{"prompt": "a", "answer": "a"}, {"prompt": "b", "answer": "c"}])
     found = replies_of(f"jsonl:{rows}", Told({"a": "a", "b": "b"}), run / "eval" / "rows.jsonl")
     write_results(run / "eval", "told", "told", [replace(found, task="exact <b>")])

@@ -48,7 +48,7 @@ def test_they_are_the_nearest_and_stand_for_it() -> None:
     np.testing.assert_allclose(attended("int8", k, v), attended("same", wide[0], wide[1]), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["latent", pytest.param("hybrid", marks=pytest.mark.full)])
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.full) for kind in ("latent", "hybrid")])
 def test_every_kind_of_memory(kind: str) -> None:
     """Replies of models with latents, and with linear layers between, stay close where they agree."""
     model = jax.jit(lambda: Transformer(MODELS[kind], jax.random.key(2), stacked=False))()

@@ -62,6 +62,7 @@ def test_noise_is_added_to_the_embeddings_and_nothing_else() -> None:
     np.testing.assert_allclose(found[there], expected[there], atol=1e-5)
 
 
+@pytest.mark.full
 def test_micro_batches_and_meshes_change_no_noise() -> None:
     whole, cut = trainer(), trainer(accumulate=2)
     spread = trainer(mesh=MeshConfig(data=2, fsdp=2, tensor=2))

@@ -59,7 +59,7 @@ def whole(trainer: Trainer) -> Trainer:
     ("kind", "layers", "remat", "mesh"),
     [
         ("dense", "stacked", "block", MeshConfig()),
-        ("moe", "list", "none", MeshConfig(data=2, expert=4, exchange="all_to_all")),
+        pytest.param("moe", "list", "none", MeshConfig(data=2, expert=4, exchange="all_to_all"), marks=FULL),
         ("moe", "stacked", "dots", MeshConfig(fsdp=2, expert=2, tensor=2)),
         pytest.param("latent", "list", "block", MeshConfig(data=2, fsdp=2, tensor=2), marks=FULL),
         pytest.param("hybrid", "list", "none", MeshConfig(), marks=FULL),

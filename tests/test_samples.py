@@ -102,7 +102,7 @@ def test_prompts_are_held_out_and_end_where_the_model_begins(tmp_path: Path, obj
         assert len(prompts) > 9
         assert all(len(one) == BEGINNING and any(one in text for text in rows["pretrain"]) for one in prompts)
         return
-    expected = [tokenizer.encode_chat([one], add_generation_prompt=True, enable_thinking=False) for one in asked]
+    expected = [tokenizer.encode_chat([one], add_generation_prompt=True) for one in asked]
     assert sorted(prompts) == sorted(tokenizer.decode(prompt) for prompt in expected)
 
 
