@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from kill_campaign import hashes, records, story, write_project
+from kill_campaign import campaign, finish, hashes, records, start, story, write_project
 from test_resume import interrupt
 
 import qmax
@@ -97,6 +97,18 @@ def test_a_stopped_run_ends_as_one_that_nobody_disturbed(
     assert hashes(stopped) == hashes(undisturbed)
     assert [story(record) for record in records(stopped)] == [story(record) for record in records(undisturbed)]
     assert (stopped / "samples.jsonl").read_text() == (undisturbed / "samples.jsonl").read_text()
+
+
+@pytest.mark.full
+def test_killed_again_and_again(config: Path, tmp_path: Path) -> None:
+    task = f"jsonl:{config.parent / 'words.jsonl'}?grader=chrf"
+    words = [*SHORT, *GROUPS, *SEVERAL, "--checkpoint.every", "2", "--checkpoint.keep", "2", "--rl.tasks", task]
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    finish(start(config, undisturbed, "--steps", "16", *words))
+    done = campaign(config, killed, steps=16, kills=3, during_saves=1, words=words)
+    assert len(done) >= 3 and any(one.resumed for one in done)
+    assert hashes(killed) == hashes(undisturbed)
+    assert [story(record) for record in records(killed)] == [story(record) for record in records(undisturbed)]
 
 
 @pytest.mark.full
