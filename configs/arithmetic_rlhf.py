@@ -1,7 +1,8 @@
 """Reward from a model that learnt what people prefer: GSPO with the reward model of configs/arithmetic_reward.py.
 
 Nothing tells it whether a sum is right but that model; the task grades held-out sums only, to show what it is worth.
-Hardware: 2 CPU cores, about 3 minutes. Expected: rewards rise, and with them the share of held-out sums that are right.
+Hardware: 2 CPU cores, about 4 minutes. Expected: rewards of held-out sums rise from -2.6 to 6.6, and from a quarter to nearly
+two thirds of these sums are right: as many as a reward model that tells 92 % of held-out pairs apart can teach.
 
     ./run.sh train configs/arithmetic_rlhf.py --init-from runs/arithmetic --out runs/arithmetic-rlhf
 """
@@ -13,7 +14,10 @@ from configs.run import Run
 
 
 def run() -> Run:
-    """As configs/arithmetic_gspo.py, with another reward."""
+    """As configs/arithmetic_gspo.py, with another reward, and not far from the model that it starts from.
+
+    Without that (rl.kl=0) it finds what the reward model takes for right: rewards rise as well, and sums get worse.
+    """
     base = arithmetic_gspo.run()
     assert base.rl is not None
-    return replace(base, rl=replace(base.rl, rewards=("model:runs/arithmetic-reward",)))
+    return replace(base, rl=replace(base.rl, rewards=("model:runs/arithmetic-reward",), kl=0.2))
