@@ -1,8 +1,8 @@
 """Reward from a model that learnt what people prefer: GSPO with the reward model of configs/arithmetic_reward.py.
 
 Nothing tells it whether a sum is right but that model; the task grades held-out sums only, to show what it is worth.
-Hardware: 2 CPU cores, about 4 minutes. Expected: rewards of held-out sums rise from -2.6 to 6.6, and from a quarter to nearly
-two thirds of these sums are right: as many as a reward model that tells 92 % of held-out pairs apart can teach.
+Hardware: 2 CPU cores, about 4 minutes. Expected: rewards of held-out sums rise from -2.6 to 6.6, and right ones from a
+quarter to nearly two thirds: that much a reward model can teach that tells 92 % of held-out pairs apart.
 
     ./run.sh train configs/arithmetic_rlhf.py --init-from runs/arithmetic --out runs/arithmetic-rlhf
 """
