@@ -1,6 +1,6 @@
 """A small mixture of experts that has seen sums of two numbers below 100, most of them wrong; a start for reward.
 
-Of its 6,000 examples about a third are right, nearly half are ten too many: so it adds, and says a wrong sum.
+Of its 6,000 examples a quarter are right and most are ten too many: so it adds, and says a wrong sum.
 Hardware: 2 CPU cores, about 2 minutes. Expected: validation loss about 0.60 nats per token, a quarter of held-out
 sums right.
 

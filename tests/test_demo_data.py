@@ -86,7 +86,7 @@ def test_the_chosen_sum_is_right_and_none_is_held_out() -> None:
         assert int(row["chosen"]) == a + b != int(row["rejected"]) and int(row["rejected"]) >= 0
 
 
-def test_a_third_of_the_sums_are_right_and_none_is_held_out() -> None:
+def test_a_quarter_of_the_sums_are_right_and_none_is_held_out() -> None:
     task = open_task(TASK)
     held, known = ({problem.id: problem.answer for problem in task.problems(split)} for split in ("test", "train"))
     right = 0
@@ -95,4 +95,4 @@ def test_a_third_of_the_sums_are_right_and_none_is_held_out() -> None:
         a, b = map(int, asked.rstrip("=").split("+"))
         assert f"{a}+{b}" in known and f"{a}+{b}" not in held and f"{b}+{a}" not in held
         right += int(told) == a + b
-    assert right / 6000 == pytest.approx(0.35, abs=0.02)
+    assert right / 6000 == pytest.approx(0.25, abs=0.02)
