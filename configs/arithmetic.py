@@ -1,8 +1,8 @@
 """A small mixture of experts that has seen sums of two numbers below 100, most of them wrong; a start for reward.
 
 Of its 6,000 examples a quarter are right and most are ten too many: so it adds, and says a wrong sum.
-Hardware: 2 CPU cores, about 2 minutes. Expected: validation loss about 0.60 nats per token, a quarter of held-out
-sums right.
+Hardware: 2 CPU cores, about 2 minutes. Expected: validation loss about 0.24 nats per token, of which most are the
+empty block of thoughts, and of held-out sums a sixth to a third right (seeds 0 to 2: 22 %, 16 %, 31 %).
 
     ./run.sh train configs/arithmetic.py --out runs/arithmetic
 """
