@@ -34,6 +34,7 @@ from tests import pages
 from tests.pages import PAGES, Command
 from tests.test_layout import sources
 from tests.words import options_of, understand, understand_benchmark
+from train.tasks import catalogue
 
 COMMANDS = pages.commands()
 DEMO = ROOT / "configs" / "demo_data"
@@ -198,6 +199,7 @@ def in_python(page: Path) -> list[pages.Block]:
 def test_python_runs(page: Path, runs: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page one after the other, as in one session; quoted ones stand where they are from."""
     monkeypatch.chdir(runs)
+    monkeypatch.setattr(catalogue, "TASKS", dict(catalogue.TASKS))  # a page adds one, which is not for other tests
     names = vars(sys.modules.setdefault("page", types.ModuleType("page")))
     names.clear()
     names["__name__"] = "page"  # dataclasses look up the module that they are made in
