@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -19,7 +17,7 @@ from train.evaluation.results import evaluation_charts, read_results
 from train.report_alignment import alignment_charts, sample_cards
 from train.report_plots import expert_heat_map, line_chart, short, time_heat_map
 from train.report_records import held_out, load, marks_of, median_of, points, series, values
-from train.report_style import STYLE
+from train.report_style import save_page, whole_page
 from train.samples_file import read_samples
 
 NAME = "report.html"
@@ -55,19 +53,8 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run_dir = Path(run_dir)
     config, records = load(run_dir)
-    page = _page(run_dir, config, records)
     path = run_dir / NAME
-    temporary = ""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=run_dir, prefix=f".{NAME}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as exc:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({exc.strerror}); make room or make it writable") from exc
+    save_page(path, _page(run_dir, config, records))
     return path
 
 
@@ -131,12 +118,7 @@ def _page(run_dir: Path, config: Mapping[str, Any], records: Sequence[Mapping[st
     drawn = [f"<main>{''.join(charts)}</main>" for charts in groups if any(charts)]
     drawn = drawn or ["<main>No step has been logged yet.</main>"]
     body += [drawn[0], sample_cards(read_samples(run_dir)), *drawn[1:]]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{title} - qmax</title><style>{STYLE}</style></head>\n<body>{''.join(body)}</body></html>\n"
-    )
+    return whole_page(title, "".join(body))
 
 
 def _tiles(records: Sequence[Mapping[str, Any]]) -> str:

@@ -1,6 +1,12 @@
-"""Colours and layout of `report.html`, for light and dark screens."""
+"""Colours and layout of pages, for light and dark screens; a page as a file."""
 
 from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from errors import UserError
 
 _SEQUENTIAL = "#edf4fd #d8e7fb #bdd6f7 #9ec3f2 #7cadeb #5a96e2 #3d7fd6 #2a69c0 #1d54a3 #143f80 #0c2c5e"
 """From even (near the page) to the busiest: one hue, so that more is darker. Turned round on a dark page."""
@@ -75,3 +81,29 @@ article b{{float:right;margin-left:10px;font-weight:600}}
 @media (max-width:600px){{body{{padding:14px}}svg{{overflow:visible}}text{{font-size:16px}}}}
 @media print{{body{{background:none;padding:0}}figure,table{{break-inside:avoid}}}}
 """
+
+
+def whole_page(title: str, body: str) -> str:
+    """A page that needs nothing beside it. Both are HTML already."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{title} - qmax</title><style>{STYLE}</style></head>\n<body>{body}</body></html>\n"
+    )
+
+
+def save_page(path: Path, page: str) -> None:
+    """Writes a page, whole or not at all. Raises UserError where it cannot be written."""
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(page)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as exc:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({exc.strerror}); make room or make it writable") from exc

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from errors import UserError
 from train.tasks.likelihood import Continuation, Likelihood
-from train.tasks.task import Problem
+from train.tasks.task import Message, Problem
 
 Tell = Callable[[int], None]
 """Called with how many more have been done."""
@@ -45,6 +45,11 @@ class Ask(NamedTuple):
 
     problem: Problem
     seed: int
+
+    def messages(self, settings: Settings) -> list[Message]:
+        """What is said to the model."""
+        before = [{"role": "system", "content": settings.system}] if settings.system else []
+        return [*before, *self.problem.prompt]
 
 
 class Reply(NamedTuple):

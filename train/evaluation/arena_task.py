@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,12 +49,17 @@ class ArenaHard:
                 "task 'arena_hard' takes questions and a baseline's answers: name it as "
                 "arena_hard:question.jsonl?baseline=o3-mini-2025-01-31.jsonl"
             )
-        self.pairs()  # what is missing is found before a model is loaded
+        _ = self._all_pairs  # what is missing is found before a model is loaded
+
+    @functools.cached_property
+    def _all_pairs(self) -> tuple[list[ArenaQuestion], dict[str, Answer]]:
+        questions = read_questions(self.path)
+        return questions, read_baseline(questions, self.baseline.split(";"))
 
     def pairs(self, limit: int | None = None) -> tuple[list[ArenaQuestion], dict[str, Answer]]:
-        """The questions, and the baseline's answer to each."""
-        questions = read_questions(self.path)[:limit]
-        return questions, read_baseline(questions, self.baseline.split(";"))
+        """The first questions, and the baseline's answers."""
+        questions, baseline = self._all_pairs
+        return questions[:limit], baseline
 
 
 @dataclass(frozen=True)

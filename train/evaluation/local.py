@@ -59,11 +59,10 @@ class Local:
     def replies(self, asked: Sequence[Ask], settings: Settings) -> Iterator[tuple[int, Reply]]:
         """As `Answerer` has it; many at a time, prompts that begin alike read once."""
         engine, waiting = self._engine, dict[int, Request]()
-        for index, (problem, seed) in enumerate(asked):
-            before = [{"role": "system", "content": settings.system}] if settings.system else []
+        for index, one in enumerate(asked):
             prompt = self.tokenizer.encode_chat(
-                [*before, *problem.prompt],
-                tools=problem.tools,
+                one.messages(settings),
+                tools=one.problem.tools,
                 add_generation_prompt=True,
                 enable_thinking=settings.thinking,
             )
@@ -74,9 +73,9 @@ class Local:
                 temperature=settings.temperature,
                 top_p=settings.top_p,
                 max_tokens=settings.max_tokens,
-                seed=seed % MAX_SEED,
+                seed=one.seed % MAX_SEED,
             )
-            waiting[index] = engine.request(prompt, params, f"problem {problem.id}")
+            waiting[index] = engine.request(prompt, params, f"problem {one.problem.id}")
         for index, found in self._drawn(waiting):
             text = self.tokenizer.decode(found.content, skip_specials=True)
             yield index, Reply(text, cut=found.finish_reason != "stop", tokens=len(found.tokens))

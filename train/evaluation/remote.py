@@ -87,9 +87,8 @@ class Remote:
         return found
 
     def _reply(self, one: Ask, settings: Settings) -> Reply:
-        before = [{"role": "system", "content": settings.system}] if settings.system else []
         body: dict[str, Any] = {
-            "messages": [*before, *one.problem.prompt],
+            "messages": one.messages(settings),
             "temperature": settings.temperature,
             "top_p": settings.top_p,
             "max_completion_tokens": settings.max_tokens,

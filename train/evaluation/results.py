@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from errors import UserError
 from terminal import write_json
 from train.report_plots import bar_chart
-from train.report_style import STYLE
+from train.report_style import save_page, whole_page
 
 if TYPE_CHECKING:
     from train.evaluation.measuring import Result
@@ -123,18 +122,6 @@ def write_page(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     header, rows = compare(records)
     cells = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
     head = "".join(f"<th>{escape(word)}</th>" for word in header)
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>Evaluation - qmax</title><style>{STYLE}</style></head>\n<body><header><h1>Evaluation</h1></header>"
-        f'<table class="grid-table"><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table>'
-        f"<main>{''.join(comparison_charts(records))}</main></body></html>\n"
-    )
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); name another place") from error
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table>"
+    body = f"<header><h1>Evaluation</h1></header>{table}<main>{''.join(comparison_charts(records))}</main>"
+    save_page(path, whole_page("Evaluation", body))
