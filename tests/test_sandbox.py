@@ -124,6 +124,18 @@ def test_a_fork_bomb_ends(layers: tuple[str, ...]) -> None:
     assert not processes_with(str(Path(outcome.stdout.strip()).parent))
 
 
+def test_the_kernel_counts_processes(layers: tuple[str, ...]) -> None:
+    """Who only looks from time to time loses against a bomb on a machine that is busy."""
+    code = """import os, time
+for count in range(99):
+    try: child = os.fork()
+    except BlockingIOError: break
+    if not child: time.sleep(9)
+print(count)"""
+    outcome = run_python(code, processes=8, layers=layers)
+    assert outcome.ok and int(outcome.stdout) <= 8 + 2
+
+
 def test_threads_are_limited_with_processes(layers: tuple[str, ...]) -> None:
     code = (
         "import threading as t, time\nfor i in range(500): t.Thread(target=time.sleep, args=(9,), daemon=True).start()"
@@ -139,7 +151,7 @@ if os.fork() == 0:
     try: {leave}
     except OSError: pass
     if os.fork() == 0:
-        os.execv({os.path.realpath(sys.executable)!r}, ['{marked}', '-c', '''import signal, time
+        os.execv(sys.executable, ['{marked}', '-c', '''import signal, time
 for s in (1, 2, 15): signal.signal(s, signal.SIG_IGN)
 time.sleep(60)''', '{marked}'])
     os._exit(0)
@@ -151,7 +163,7 @@ import time; time.sleep(0.3); print('done')"""
 
 def test_nothing_outlives_a_caller_that_is_killed(layers: tuple[str, ...], marked: str, tmp_path: Path) -> None:
     sleeper = ["p", "-c", "import time; time.sleep(60)", marked]
-    code = f"import os\nos.fork()\nos.execv({sys.executable!r}, {sleeper!r})"
+    code = f"import os, sys\nos.fork()\nos.execv(sys.executable, {sleeper!r})"
     caller = f"from train.sandbox import run_python; run_python({code!r}, seconds=60, layers={layers!r})"
     with subprocess.Popen(
         [sys.executable, "-c", caller], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)}

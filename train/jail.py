@@ -20,7 +20,6 @@ import signal
 import struct
 import sys
 import time
-from collections.abc import Iterable
 from typing import Any, NoReturn
 
 NOBODY = 65534
@@ -36,6 +35,8 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 ENDING = (signal.SIGCHLD, signal.SIGTERM)
 OVERHEAD = 2
 """Processes of ours in the namespace."""
+PYTHON, PREFIX, LIBRARY = map(os.path.realpath, (sys.executable, sys.base_prefix, os.__file__))
+"""Followed at the start: nobody may not do that everywhere."""
 POLL = 0.05
 """Seconds between two looks at memory and processes; the end of the program is noticed at once."""
 
@@ -88,25 +89,45 @@ def tell(descriptor: int, **words: Any) -> None:
     os.write(descriptor, (json.dumps(words) + "\n").encode())
 
 
-def reachable(paths: Iterable[str]) -> bool:
-    """Whether any user may read these: every folder above can be passed by others."""
-    for path in map(os.path.realpath, paths):
-        if not os.stat(path).st_mode & 0o004:
-            return False
-        while (path := os.path.dirname(path)) != "/":
-            if not os.stat(path).st_mode & 0o001:
-                return False
-    return True
+def leave_root(settings: dict[str, Any]) -> bool:
+    """From root to nobody, as the kernel counts no processes of root. False where that does not go.
 
-
-def leave_root(settings: dict[str, Any]) -> None:
-    """From root to nobody, as the kernel counts no processes of root; not where nobody can read the interpreter."""
-    if os.getuid() == 0 and reachable((sys.executable, os.__file__, settings["program"])):
+    Nobody may not pass root's home, where the interpreter may lie: `settings["prefix"]` then names it by a descriptor.
+    """
+    settings["prefix"] = ""
+    if os.getuid():
+        return True
+    place = os.open(PREFIX, os.O_PATH | os.O_DIRECTORY)
+    try:
         os.chown(settings["folder"], NOBODY, NOBODY)
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-        prctl(PR_DUMPABLE, 1)  # changing the user took it away; without it /proc/self may not be written
+    except OSError:
+        with open("/proc/self/uid_map") as file:
+            return int(file.read().split()[1]) != 0  # outside of its container it is not root
+    prctl(PR_DUMPABLE, 1)  # changing the user took it away; without it /proc/self may not be written
+    if usable(settings):
+        return True
+    os.set_inheritable(place, True)
+    settings["prefix"] = f"/proc/self/fd/{place}"
+    return usable(settings)
+
+
+def interpreter(settings: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """The path of Python for the program, and the variables that it needs to find its library."""
+    home = settings["prefix"]
+    if not home:
+        return PYTHON, {}
+    name = os.path.relpath(PYTHON, PREFIX) if PYTHON.startswith(PREFIX + "/") else f"bin/{os.path.basename(PYTHON)}"
+    return f"{home}/{name}", {"PYTHONHOME": home, "LD_LIBRARY_PATH": f"{home}/lib"}
+
+
+def usable(settings: dict[str, Any]) -> bool:
+    """Whether this user may run the interpreter and read its library and the program."""
+    path, _ = interpreter(settings)
+    library = f"{settings['prefix']}/{os.path.relpath(LIBRARY, PREFIX)}" if settings["prefix"] else LIBRARY
+    return os.access(path, os.X_OK) and os.access(library, os.R_OK) and os.access(settings["program"], os.R_OK)
 
 
 def enter_namespaces() -> bool:
@@ -279,11 +300,14 @@ def become_program(settings: dict[str, Any], layers: list[str], *, alone: bool) 
             missing.append("the network")
         if not {"read-only mounts", "landlock"} & set(layers):
             missing.append("writing to files")
+        if not settings["counted"]:
+            missing.append("starting processes without end")
         tell(report, layers=layers, missing=missing)
         if not missing or settings["unprotected"]:
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
-            words = [sys.executable, "-S", "-P", "-s", "-B", "-X", "utf8", settings["program"]]
-            os.execve(sys.executable, words, dict(os.environ))
+            path, variables = interpreter(settings)
+            words = [path, "-S", "-P", "-s", "-B", "-X", "utf8", settings["program"]]
+            os.execve(path, words, dict(os.environ) | variables)
     except BaseException as error:
         tell(report, broken=f"{type(error).__name__}: {error}")
     os._exit(1)
@@ -371,7 +395,7 @@ def main() -> None:
     """The keeper."""
     settings = json.loads(sys.argv[1])
     os.set_inheritable(settings["report"], False)
-    leave_root(settings)
+    settings["counted"] = leave_root(settings)
     prctl(PR_DEATH_SIGNAL, signal.SIGKILL)
     if "namespaces" not in settings["layers"] or not enter_namespaces():
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)

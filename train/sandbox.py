@@ -13,9 +13,9 @@ What holds it, each where the machine has it:
 Containers often allow no namespaces: then Landlock and seccomp together do. A machine where either the network or
 writing to files cannot be stopped is refused. Without namespaces the folder lies on the disk, with a limit for each
 file only, and the kernel's limit of processes counts what the user has at the start. Memory of all processes and their
-number are also looked at every 50 ms: the kernel limits no processes of root, who becomes `nobody` where `nobody` can
-read the interpreter, and stays root otherwise. Files may be read as far as the user may. A hole in the kernel is a
-hole here: this is no virtual machine.
+number are also looked at every 50 ms. The kernel limits no processes of root, who becomes `nobody` first; a root who
+cannot is refused. Files may be read as far as the user may. A hole in the kernel is a hole here: this is no virtual
+machine.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def run_python(
     """
     if not sys.platform.startswith("linux"):
         raise UserError(f"programs are shut in by Linux only, and this is {sys.platform}; run on Linux")
-    with tempfile.TemporaryDirectory(prefix="qmax-run-", ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(prefix="qmax-run-", dir=_place(), ignore_cleanup_errors=True) as name:
         root = Path(name)
         folder, program, given = root / "work", root / "code.py", root / "stdin"
         folder.mkdir()
@@ -134,6 +134,16 @@ def run_python(
             if report >= 0:
                 os.close(report)
     return _outcome(told, *written, unprotected=unprotected)
+
+
+def _place() -> str | None:
+    """Where temporary folders are made; for root one that `nobody` can reach."""
+    if os.getuid() == 0:
+        for place in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
+            path = Path(place).resolve()
+            if all(folder.stat().st_mode & 0o001 for folder in (path, *path.parents)):
+                return place
+    return None
 
 
 @functools.cache
@@ -217,7 +227,8 @@ def _outcome(told: dict[str, Any], stdout: bytes, stderr: bytes, *, unprotected:
     if told.get("missing") and not unprotected:
         raise UserError(
             f"this machine cannot keep a program from {' and '.join(told['missing'])}: it needs user namespaces, or "
-            "Landlock (Linux 5.13) and seccomp; allow one of them in the container, or run elsewhere"
+            "Landlock (Linux 5.13) and seccomp, and of root that it may become nobody; allow that in the container, or "
+            "run elsewhere"
         )
     if "broken" in told:
         raise UserError(f"the sandbox did not start: {told['broken']}; check that {sys.executable} may run")
