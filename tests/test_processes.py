@@ -165,6 +165,25 @@ def test_two_processes_give_the_losses_of_one(config: Path, alone: Path, tmp_pat
 
 
 @pytest.mark.full
+def test_reward_in_two_processes_gives_the_steps_of_one(config: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": word, "answer": word * 2} for word in ("the", "a", "cat", "sat", "on", "mat", "dog", "ran")]
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("--objective", "rl", "--rl.tasks", f"jsonl:{tmp_path / 'words.jsonl'}?grader=chrf", "--data.sources=")
+    words += ("--data.sequence-length", "64", "--rl.prompts", "4", "--rl.samples", "4", "--rl.max-new-tokens", "6")
+    words += ("--rl.validation-problems", "4", "--steps", "2", "--checkpoint.every", "2")
+    for count in (1, 2):
+        for code, said in finish(start(config, tmp_path / str(count), count, *words)):
+            assert code == 0, said
+    one, two = ([story(record) for record in records(tmp_path / name)] for name in ("1", "2"))
+    assert [record["step"] for record in two] == [0, 1, 2]
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_allclose(b[key], a[key], rtol=1e-5, atol=1e-5, err_msg=key)
+        assert b.get("logprob_gap_max", 0) < 1e-4, "what was sampled over both is what both learn from"
+
+
+@pytest.mark.full
 def test_four_processes_give_the_bits_of_two(config: Path, tmp_path: Path) -> None:
     for count in (2, 4):
         for code, said in finish(start(config, tmp_path / str(count), count)):
