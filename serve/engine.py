@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from errors import UserError
 from model.adapters import Adapter
@@ -26,7 +25,7 @@ from model.quantization import WeightType
 from model.transformer import Transformer
 from serve.device import Device
 from serve.logits import IN_PROMPT
-from serve.memory import default_pages
+from serve.memory import Room
 from serve.pages import PagePool, Snapshots
 from serve.programs import Shape
 from serve.recording import Reading, Recording, Sent
@@ -41,6 +40,8 @@ OnToken = Callable[[int, int, float], None]
 
 CHUNKS = {"cpu": ((1, 64), (8, 64), (1, 512)), "other": ((1, 128), (8, 128), (1, 2048))}
 """(rows, tokens) of prompts that are read in one program, on each device along the batch."""
+
+LEAST = {"slots": 1, "context": 2, "pages": 1, "guesses": 0, "snapshot_memory": 0}
 
 
 class Vocabulary(Protocol):
@@ -62,7 +63,8 @@ class Engine:
         slots: requests that run at the same time; further ones wait.
         context: most positions of a request; None: as many as the model has.
         pages: of keys and values, on all devices together; None: enough for all slots, or as many as fit.
-        snapshots: of what linear layers remember, so that prompts may share a beginning; on all devices together.
+        snapshot_memory: bytes, on all devices together, for what linear layers remember at the ends of prompts and now
+            and then within them, so that prompts may share a beginning; None: for some of each slot, if they fit.
         deterministic: a reply has the same bits whatever is generated beside it: every step then has all slots, and
             prompts are read one at a time, in pieces that their own length decides.
         weight_type: int8 to keep matrices in 8 bits, each output channel with its scale.
@@ -87,7 +89,7 @@ class Engine:
         slots: int = 16,
         context: int | None = None,
         pages: int | None = None,
-        snapshots: int = 32,
+        snapshot_memory: int | None = None,
         deterministic: bool = False,
         weight_type: WeightType = "same",
         kv_type: KVType = "same",
@@ -97,21 +99,17 @@ class Engine:
         led: bool = False,
     ):
         self.config, self.tokenizer, self.mesh = model.config, tokenizer, mesh
-        self._check(slots, context, pages, guesses)
+        self._check(slots=slots, context=context, pages=pages, guesses=guesses, snapshot_memory=snapshot_memory)
         self.context = min(context or self.config.max_positions, self.config.max_positions)
         self.page = page_size(self.context)
         width = -(-self.context // self.page)
         shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         slots = -(-slots // shards) * shards
-        pages = pages or default_pages(self.config, jnp.dtype(model.dtype), self.page, width, slots, kv_type)
-        if jax.process_count() > 1:  # each has found its own memory; they have to agree
-            pages = int(multihost_utils.broadcast_one_to_all(np.int32(pages)))
-        self.pages = max(pages // shards, 1) * shards
-        linear = any(self.config.attention_kind(layer) == "linear" for layer in range(self.config.num_layers))
-        every = -(-2048 // self.page) * self.page if linear else 0
+        room = Room(self.config, jnp.dtype(model.dtype), self.page, kv_type)
+        self.pages, kept = room.share(width, slots, shards, pages, snapshot_memory)
+        every = -(-2048 // self.page) * self.page if room.snapshot_bytes else 0
         chunks = CHUNKS.get(platform(), CHUNKS["other"])
         self.limits = Limits(slots, shards, self.page, width, chunks, every, deterministic)
-        kept = max(snapshots // shards, 1) * shards if linear and snapshots else 0
         self.device = Device(
             model,
             mesh,
@@ -136,20 +134,15 @@ class Engine:
         self._commands: deque[tuple[Request, bool]] = deque()
         self._stepping = threading.Lock()
 
-    def _check(self, slots: int, context: int | None, pages: int | None, guesses: int) -> None:
+    def _check(self, **sizes: int | None) -> None:
         if self.tokenizer.vocab_size > self.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens and the model {self.config.vocab_size}; "
                 "use the tokenizer that the model was trained with"
             )
-        for name, value, least in (
-            ("slots", slots, 1),
-            ("context", context, 2),
-            ("pages", pages, 1),
-            ("guesses", guesses, 0),
-        ):
-            if value is not None and value < least:
-                raise UserError(f"{name}={value} must be {least} or more")
+        for name, value in sizes.items():
+            if value is not None and value < LEAST[name]:
+                raise UserError(f"{name}={value} must be {LEAST[name]} or more")
 
     # ---- weights and programs ---------------------------------------------
     def update(self, model: Transformer) -> None:

@@ -1,23 +1,23 @@
-"""How many pages of keys and values there is memory for."""
+"""How many pages of keys and values, and snapshots of linear layers, there is memory for."""
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import psutil
+from jax.experimental import multihost_utils
 
 from model.cache import KVType, empty_layer
 from model.config import ModelConfig
 
-SHARE = 0.5
-"""Of the memory that is free, what pages may take unless a number is given."""
-
-
-def page_bytes(config: ModelConfig, dtype: jnp.dtype, page: int, kv_type: KVType) -> int:
-    """Bytes of one page over all layers."""
-    paged = [layer for layer in range(config.num_layers) if config.attention_kind(layer) != "linear"]
-    layers = jax.eval_shape(lambda: [empty_layer(config, layer, 0, 1, page, dtype, kv_type) for layer in paged])
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layers))
+PAGE_SHARE, SNAPSHOT_SHARE = 0.5, 0.1
+"""Of the memory that is free, what pages and snapshots may take unless it is said."""
+SNAPSHOTS_PER_SLOT = 4
+"""Ends of prompts worth keeping: more are seldom asked for again."""
 
 
 def free_memory() -> int:
@@ -28,7 +28,53 @@ def free_memory() -> int:
     return psutil.virtual_memory().available
 
 
-def default_pages(config: ModelConfig, dtype: jnp.dtype, page: int, width: int, slots: int, kv_type: KVType) -> int:
-    """Enough for all slots to be full, or as many as fit, but not fewer than one full row."""
-    fitting = int(SHARE * free_memory()) // max(1, page_bytes(config, dtype, page, kv_type))
-    return max(width, min(slots * width, fitting))
+@dataclass(frozen=True)
+class Room:
+    """What a model keeps of prompts and replies. page: positions of one."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    page: int
+    kv_type: KVType
+
+    @functools.cached_property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers."""
+        return self._bytes(linear=False)
+
+    @functools.cached_property
+    def snapshot_bytes(self) -> int:
+        """Bytes of what the linear layers of one row remember; 0 for a model that has none."""
+        return self._bytes(linear=True)
+
+    def _bytes(self, *, linear: bool) -> int:
+        config = self.config
+        own = [i for i in range(config.num_layers) if (config.attention_kind(i) == "linear") == linear]
+        slots, pages = (1, 0) if linear else (0, 1)
+        layers = jax.eval_shape(
+            lambda: [empty_layer(config, layer, slots, pages, self.page, self.dtype, self.kv_type) for layer in own]
+        )
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layers))
+
+    def share(
+        self, width: int, slots: int, shards: int, pages: int | None, snapshot_memory: int | None
+    ) -> tuple[int, int]:
+        """Pages and snapshots on all devices together, `shards` groups of which have equally many.
+
+        Args:
+            width: pages of a full row. pages: None is enough for all slots to be full, or as many as fit, but not fewer
+                than one full row. snapshot_memory: bytes; None is some snapshots for each slot, or as many as fit.
+        """
+        if pages is None:
+            fitting = int(PAGE_SHARE * free_memory()) // max(1, self.page_bytes)
+            pages = max(width, min(slots * width, fitting))
+        if not self.snapshot_bytes:
+            snapshots = 0
+        elif snapshot_memory is None:
+            fitting = int(SNAPSHOT_SHARE * free_memory()) // self.snapshot_bytes
+            snapshots = max(shards, min(SNAPSHOTS_PER_SLOT * slots, fitting))
+        else:
+            snapshots = snapshot_memory // self.snapshot_bytes
+        if jax.process_count() > 1:  # each has found its own memory; they have to agree
+            pages, snapshots = np.asarray(multihost_utils.broadcast_one_to_all(np.int32([pages, snapshots]))).tolist()
+        return max(pages // shards, 1) * shards, snapshots // shards * shards

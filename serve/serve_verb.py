@@ -101,6 +101,14 @@ def _parser() -> Parser:
     add("context", int, None, "most positions of a request (default: the model's)")
     add("pages", int, None, "pages of keys and values (default: enough, or as many as fit into half the free memory)")
     add(
+        "snapshots",
+        int,
+        None,
+        "memory for what linear layers remember of prompts, for others that begin alike; 0 for none "
+        "(default: some for each slot, at most a tenth of the free memory)",
+        "MIB",
+    )
+    add(
         "guesses",
         int,
         0,
@@ -280,6 +288,7 @@ def load_engine(args: argparse.Namespace, path: Path, placement: Placement) -> t
         slots=args.slots,
         context=args.context,
         pages=args.pages,
+        snapshot_memory=None if args.snapshots is None else args.snapshots << 20,
         deterministic=args.deterministic,
         weight_type=args.weights,
         kv_type=args.kv,

@@ -14,7 +14,7 @@ from model.load import load_model
 from model.paged_attention import attend_to_pages
 from model.transformer import Transformer
 from serve.engine import Engine
-from serve.memory import page_bytes
+from serve.memory import Room
 from serve.sampling_params import SamplingParams
 from tests.test_lora import MODELS
 from tests.tiny import DENSE
@@ -70,6 +70,6 @@ def test_a_real_model_says_the_same_from_a_third_of_the_bytes() -> None:
     part = next((i for i, (a, b) in enumerate(zip(wanted.tokens, found.tokens, strict=True)) if a != b), 60)
     assert part >= 8
     assert abs(np.mean(wanted.logprobs[:part]) - np.mean(found.logprobs[:part])) < 0.01
-    sizes = [page_bytes(model.config, jnp.dtype(jnp.float32), 64, kind) for kind in ("same", "int8")]
+    sizes = [Room(model.config, jnp.dtype(jnp.float32), 64, kind).page_bytes for kind in ("same", "int8")]
     width = model.config.head_dim  # a scale of four bytes for each head of a token
     assert sizes[1] * 4 * width == sizes[0] * (width + 4)

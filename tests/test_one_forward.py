@@ -21,6 +21,7 @@ from model.config import LatentAttentionConfig, LinearAttentionConfig, ModelConf
 from model.forward import Batch, continuation, forward, unembed
 from model.transformer import Transformer
 from serve.engine import Engine
+from serve.memory import Room
 from serve.sampling_params import SamplingParams
 from serve.weights import decode_weights
 from train.scoring import Scorer
@@ -263,7 +264,9 @@ def test_nothing_flows_from_later_tokens_or_other_documents(name: str) -> None:
 def test_the_engine_agrees_with_scoring(name: str) -> None:
     """Requests come, are left and put back at any time, and begin with what others had read."""
     model = make(name)
-    engine = Engine(model, Words(), slots=3, pages=9, snapshots=4)
+    memory = 4 * Room(model.config, jnp.dtype(model.dtype), 64, "same").snapshot_bytes
+    engine = Engine(model, Words(), slots=3, pages=9, snapshot_memory=memory)
+    assert engine.device.store.count == (4 if memory else 0)
     rng = np.random.default_rng(1)
     beginnings = [rng.integers(0, TOKENS, length).tolist() for length in (0, 66, 135)]
     asked = []
