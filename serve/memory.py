@@ -75,6 +75,7 @@ class Room:
             snapshots = max(shards, min(SNAPSHOTS_PER_SLOT * slots, fitting))
         else:
             snapshots = snapshot_memory // self.snapshot_bytes
+        found = [pages, snapshots]
         if jax.process_count() > 1:  # each has found its own memory; they have to agree
-            pages, snapshots = np.asarray(multihost_utils.broadcast_one_to_all(np.int32([pages, snapshots]))).tolist()
-        return max(pages // shards, 1) * shards, snapshots // shards * shards
+            found = np.asarray(multihost_utils.broadcast_one_to_all(np.int32(found))).tolist()
+        return max(found[0] // shards, 1) * shards, found[1] // shards * shards
