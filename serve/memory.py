@@ -77,5 +77,5 @@ class Room:
             snapshots = snapshot_memory // self.snapshot_bytes
         found = [pages, snapshots]
         if jax.process_count() > 1:  # each has found its own memory; they have to agree
-            found = np.asarray(multihost_utils.broadcast_one_to_all(np.int32(found))).tolist()
+            found = np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(found, np.int32))).tolist()
         return max(found[0] // shards, 1) * shards, found[1] // shards * shards
