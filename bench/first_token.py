@@ -27,19 +27,18 @@ def main() -> None:
 
     passed("import jax")
     import serve.generate_verb  # noqa: F401
-    from model.load import load_model
+    from model.load import open_decoder
     from serve.engine import Engine
     from serve.sampling_params import SamplingParams
     from sharding.runtime import configure_jax
 
     passed("import the rest")
     configure_jax()
-    model, tokenizer = load_model(path)
-    jax.block_until_ready(jax.tree.leaves(model))
-    passed("read weights")
+    model, tokenizer = open_decoder(path)
+    passed("open")
     engine = Engine(model, tokenizer, slots=1)
-    jax.block_until_ready(engine.device.state)
-    passed("engine")
+    jax.block_until_ready((engine.device.leaves, engine.device.state))
+    passed("read weights, programs meanwhile")
     for shape in engine.device.programs.shapes[:2]:  # the second token's is sent for before the first is read
         assert engine.device.programs[shape]
     passed("programs")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -259,8 +260,29 @@ def check_language_model(source: Source) -> None:
         )
 
 
-def load_model(path: str | Path, mesh: MeshConfig | None = None) -> tuple[Transformer, Tokenizer]:
-    """The model at `path`, one array per layer, and its tokenizer.
+@dataclass(frozen=True)
+class Unread:
+    """A MODEL whose weights are still to be read: what only needs its sizes can be done meanwhile.
+
+    dtype: what it will compute in.
+    """
+
+    source: Source
+    mesh: jax.sharding.Mesh
+    dtype: jnp.dtype
+
+    @property
+    def config(self) -> ModelConfig:
+        """Its sizes."""
+        return self.source.config
+
+    def read(self) -> Transformer:
+        """The model, one array per layer, laid out for decoding."""
+        return read_model(self.source, self.mesh, dtype=self.dtype)
+
+
+def open_decoder(path: str | Path, mesh: MeshConfig | None = None) -> tuple[Unread, Tokenizer]:
+    """The language model at `path`, still to be read, and its tokenizer.
 
     Args:
         path: any MODEL, see `open_model`.
@@ -276,4 +298,11 @@ def load_model(path: str | Path, mesh: MeshConfig | None = None) -> tuple[Transf
         raise UserError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens and the model {source.config.vocab_size}"
         )
-    return read_model(source, make_mesh(mesh or MeshConfig())), tokenizer
+    devices = make_mesh(mesh or MeshConfig())
+    return Unread(source, devices, jnp.dtype(default_dtype(devices.devices.flat[0]))), tokenizer
+
+
+def load_model(path: str | Path, mesh: MeshConfig | None = None) -> tuple[Transformer, Tokenizer]:
+    """The model of `open_decoder`, read, and its tokenizer."""
+    model, tokenizer = open_decoder(path, mesh)
+    return model.read(), tokenizer

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from model.adapters import Adapter, Adapters
 from model.cache import KVType
+from model.load import Unread
 from model.quantization import WeightType
 from model.transformer import Transformer
 from serve.programs import Program, Programs, Shape
@@ -42,6 +43,7 @@ class Device:
     """Weights, pages, slots and compiled programs.
 
     Args:
+        model: of one that is still to be read the first programs are made meanwhile.
         limits: the sizes that the scheduler works with. pages: of all devices together. vocab_limit: rows of the
             embedding that are tokens. snapshots: places for what linear layers remember, of all devices together.
         led: of several processes the others do what process 0 says; otherwise all have the same requests.
@@ -51,7 +53,7 @@ class Device:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Transformer | Unread,
         mesh: jax.sharding.Mesh | None,
         limits: Limits,
         pages: int,
@@ -73,8 +75,9 @@ class Device:
         self.many = jax.process_count() > 1
         self.led = led and self.many
         self.adapters = self.on_mesh(lambda: Adapters.of(adapters, self._dtype))() if adapters else None
-        self._structure: Any = None
-        self.update(model)
+        self._abstract, self._structure = jax.tree.flatten(
+            abstract_weights(self.config, self._dtype, mesh, weight_type)
+        )
         empty = partial(empty_state, self.config, limits.slots, pages, limits.page, self._dtype, kv_type)
         self.state = self.on_mesh(jax.jit(empty))()
         self.store = Store(self.config, self._dtype, snapshots, self.on_mesh)
@@ -83,13 +86,16 @@ class Device:
         # All processes have to do the same in the same order, whichever thread asks for it.
         self._order: Any = threading.Lock() if self.led else nullcontext()
         self.programs = Programs(self._compile, self._shapes())
+        if isinstance(model, Unread):
+            self.programs.prepare(self.programs.shapes[:2])
+            model = model.read()
+        self.update(model)
 
     # ---- weights and programs ---------------------------------------------
     def update(self, model: Transformer) -> None:
         """Takes the weights of `model`, of the same sizes as before, on every process; nothing is compiled anew."""
         self.leaves, structure = jax.tree.flatten(decode_weights(model, self.mesh, self.weight_type))
-        assert self._structure is None or self._structure == structure, "update() takes a model of the same sizes"
-        self._structure = structure
+        assert structure == self._structure, "update() takes a model of the same sizes"
 
     @property
     def weights(self) -> Weights:
@@ -119,7 +125,6 @@ class Device:
             function = verify if shape.guessed else step
             return function(self.with_leaves(weights[0]), *args, **sizes, adapters=weights[1], record=self._record)
 
-        leaves = jax.tree.leaves(abstract_weights(self.config, self._dtype, self.mesh, self.weight_type))
         state = abstract_state(
             self.config, limits.slots, self.pages, limits.page, self._dtype, self.mesh, self._kv_type
         )
@@ -128,7 +133,7 @@ class Device:
             for x in self._blank("step", self.programs.shapes.index(shape))
         ]
         with self.mesh_context():
-            weights = leaves, self.adapters
+            weights = self._abstract, self.adapters
             return jax.jit(engine_step, donate_argnums=1).lower(weights, state, *args).compile()
 
     def _reading(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ import numpy as np
 from errors import UserError
 from model.adapters import Adapter
 from model.cache import KVType, page_size
+from model.load import Unread
 from model.quantization import WeightType
 from model.transformer import Transformer
 from serve.device import Device
@@ -34,6 +35,7 @@ from serve.rows import Lines
 from serve.sampling_params import MAX_STOP_IDS, SamplingParams
 from serve.scheduler import Chunk, Limits, Scheduler
 from serve.steps import NOBODY, unpack
+from serve.weights import weight_bytes
 from sharding.mesh import BATCH_AXES, platform
 
 OnToken = Callable[[int, int, float], None]
@@ -57,7 +59,8 @@ class Engine:
     """Generates replies with a model.
 
     Args:
-        model: its weights, as a list of layers or stacked; a stacked model is unstacked once, here.
+        model: its weights, as a list of layers or stacked; a stacked model is unstacked once, here. Of one that is
+            still to be read the first programs are made meanwhile.
         tokenizer: decides the default stop ids and how many of the embedding's rows are tokens.
         mesh: the devices to spread weights, slots and pages over, if more than one.
         slots: requests that run at the same time; further ones wait.
@@ -82,7 +85,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Transformer | Unread,
         tokenizer: Vocabulary,
         *,
         mesh: jax.sharding.Mesh | None = None,
@@ -106,7 +109,8 @@ class Engine:
         shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         slots = -(-slots // shards) * shards
         room = Room(self.config, jnp.dtype(model.dtype), self.page, kv_type)
-        self.pages, kept = room.share(width, slots, shards, pages, snapshot_memory)
+        to_come = weight_bytes(self.config, room.dtype, weight_type) if isinstance(model, Unread) else 0
+        self.pages, kept = room.share(width, slots, shards, pages, snapshot_memory, to_come)
         every = -(-2048 // self.page) * self.page if room.snapshot_bytes else 0
         chunks = CHUNKS.get(platform(), CHUNKS["other"])
         self.limits = Limits(slots, shards, self.page, width, chunks, every, deterministic)

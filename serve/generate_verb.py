@@ -184,10 +184,10 @@ def open_model(path: Path, slots: int) -> tuple[Engine, Tokenizer]:
     from sharding.runtime import configure_jax
 
     configure_jax()
-    from model.load import load_model
+    from model.load import open_decoder
     from serve.engine import Engine
 
-    model, tokenizer = load_model(path)
+    model, tokenizer = open_decoder(path)
     return Engine(model, tokenizer, slots=slots), tokenizer
 
 

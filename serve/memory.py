@@ -57,21 +57,23 @@ class Room:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layers))
 
     def share(
-        self, width: int, slots: int, shards: int, pages: int | None, snapshot_memory: int | None
+        self, width: int, slots: int, shards: int, pages: int | None, snapshot_memory: int | None, to_come: int = 0
     ) -> tuple[int, int]:
         """Pages and snapshots on all devices together, `shards` groups of which have equally many.
 
         Args:
             width: pages of a full row. pages: None is enough for all slots to be full, or as many as fit, but not fewer
                 than one full row. snapshot_memory: bytes; None is some snapshots for each slot, or as many as fit.
+            to_come: bytes of weights that are still to be read into what is free now.
         """
+        free = max(0, free_memory() - to_come)
         if pages is None:
-            fitting = int(PAGE_SHARE * free_memory()) // max(1, self.page_bytes)
+            fitting = int(PAGE_SHARE * free) // max(1, self.page_bytes)
             pages = max(width, min(slots * width, fitting))
         if not self.snapshot_bytes:
             snapshots = 0
         elif snapshot_memory is None:
-            fitting = int(SNAPSHOT_SHARE * free_memory()) // self.snapshot_bytes
+            fitting = int(SNAPSHOT_SHARE * free) // self.snapshot_bytes
             snapshots = max(shards, min(SNAPSHOTS_PER_SLOT * slots, fitting))
         else:
             snapshots = snapshot_memory // self.snapshot_bytes

@@ -275,11 +275,11 @@ def lead(args: argparse.Namespace, placement: Placement, keys: tuple[str, ...], 
 def load_engine(args: argparse.Namespace, path: Path, placement: Placement) -> tuple[Engine, Tokenizer]:
     """A model on its devices."""
     from model.adapters import read_adapter
-    from model.load import load_model
+    from model.load import open_decoder
     from serve.engine import Engine
     from sharding.mesh import make_mesh
 
-    model, tokenizer = load_model(path, placement.mesh)
+    model, tokenizer = open_decoder(path, placement.mesh)
     adapters = [read_adapter(file, model.config) for _, file in adapters_of(args)]
     engine = Engine(
         model,

@@ -58,6 +58,11 @@ def abstract_weights(
     return make_skeleton(config, stacked=False, dtype=dtype).merge(*arrays)
 
 
+def weight_bytes(config: ModelConfig, dtype: jnp.dtype, weight_type: WeightType) -> int:
+    """Bytes of `decode_weights`, on all devices together if each array is on one."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_weights(config, dtype, None, weight_type)))
+
+
 def abstract_arrays(
     config: ModelConfig, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None, weight_type: WeightType
 ) -> tuple[dict[str, Any], dict[str, Any]]:
