@@ -15,6 +15,9 @@ from serve.api.service import Service
 
 T = TypeVar("T")
 
+# Some clients take U+2028 and its like for the end of a line: everything beyond ASCII is escaped.
+encode = json.JSONEncoder(separators=(",", ":")).encode
+
 
 class Answer(Protocol):
     """What an endpoint has made of a body, not started yet.
@@ -73,8 +76,7 @@ async def events(made: Answer, timeout: float) -> AsyncIterator[str]:
     """Server-sent events; an error after the first is one of them."""
 
     def line(piece: dict[str, Any]) -> str:
-        # Some clients take U+2028 and its like for the end of a line: everything beyond ASCII is escaped.
-        data = f"data: {json.dumps(piece, separators=(',', ':'))}\n\n"
+        data = f"data: {encode(piece)}\n\n"
         return f"event: {piece['type']}\n{data}" if made.named_events else data
 
     try:
