@@ -251,10 +251,14 @@ def measure(job: dict[str, Any]) -> Result:
         from bench.files import load
 
         return load(**job)
-    if what == "delta":
-        from bench.linear import delta
+    if what in ("delta", "layer"):
+        from bench import layers
 
-        return delta(**job)
+        return getattr(layers, what)(**job)
+    if what == "reward":
+        from bench.reward import reward
+
+        return reward(**job)
     if what == "serving":
         from bench import serving
 

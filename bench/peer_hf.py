@@ -165,6 +165,31 @@ def start(model, began, prompt):
     return {"samples": parts}
 
 
+def layer(part, config, experts, batch, seq, repeats):
+    """Tokens per second of the experts or the attention of one layer, forward and backward; the best implementation."""
+    tried = {}
+    for name in experts if part == "experts" else experts[:1]:
+        model = build(config, name).model
+        block = model.layers[0].mlp if part == "experts" else model.layers[0].self_attn
+        x = torch.randn(batch, seq, config["hidden_size"], requires_grad=True)
+        dy = torch.randn_like(x)
+        rotation = model.rotary_emb(x, torch.arange(seq)[None])
+
+        def step(block=block, x=x, dy=dy, rotation=rotation):
+            block.zero_grad(set_to_none=True)
+            x.grad = None
+            out = block(x) if part == "experts" else block(x, position_embeddings=rotation, attention_mask=None)
+            (out[0] if isinstance(out, tuple) else out).backward(dy)
+
+        clock = Clock()
+        step()
+        step()
+        tried[name] = clock.take(step, repeats), clock.spans
+    best = min(tried, key=lambda name: statistics.median(tried[name][0]))
+    seconds, spans = tried[best]
+    return {"rates": [batch * seq / s for s in seconds], "spans": spans, "experts": best}
+
+
 def delta(config, tokens, repeats):
     """Tokens per second of one Gated DeltaNet layer of Qwen3-Next, forward and backward."""
     from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet  # pyright: ignore
@@ -185,14 +210,16 @@ def delta(config, tokens, repeats):
     return {"rates": [tokens / seconds for seconds in clock.take(step, repeats)], "spans": clock.spans}
 
 
+JOBS = (train, decode, prefill, layer, delta, arrivals, start)
+
+
 def main():
     """Measures the job in the first argument and prints the result."""
     job = json.loads(sys.argv[1])
-    jobs = {"train": train, "decode": decode, "prefill": prefill, "delta": delta, "arrivals": arrivals, "start": start}
-    result = jobs[job.pop("what")](**job)
-    result["versions"] = {"transformers": transformers.__version__, "torch": torch.__version__}
-    result["threads"] = torch.get_num_threads()
-    print(json.dumps(result), flush=True)
+    what = job.pop("what")
+    result = next(one for one in JOBS if one.__name__ == what)(**job)
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    print(json.dumps({**result, "versions": versions, "threads": torch.get_num_threads()}), flush=True)
 
 
 if __name__ == "__main__":

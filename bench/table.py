@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,60 @@ def speed_table(measured: Sequence[dict[str, Any]]) -> str:
     return markdown(header, rows)
 
 
+@dataclass
+class Comparison:
+    """One comparison: figures of both sides, turn by turn. less: whether less is better. mark: what
+    must be reached."""
+
+    what: str
+    shape: str
+    unit: str
+    ours: list[float]
+    beside: str = ""
+    theirs: list[float] = field(default_factory=list)
+    less: bool = False
+    other_cpu: float | None = None
+    mark: str = ""
+
+    @property
+    def ratios(self) -> list[float]:
+        """How many times better ours is, in each turn."""
+        pairs = zip(self.ours, self.theirs, strict=False)
+        return [theirs / ours if self.less else ours / theirs for ours, theirs in pairs]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """All of it, for a JSON file."""
+        return {**asdict(self), "ratios": self.ratios}
+
+    @property
+    def cells(self) -> list[str]:
+        """A line of the table."""
+
+        def shown(values: Sequence[float]) -> str:
+            if not values:
+                return ""
+            if self.unit == "bytes":
+                return human_bytes(int(values[0]))
+            return cell([{"rates": values}])
+
+        loud = "~ " if self.other_cpu is not None and self.other_cpu > NOISY else ""
+        ratio = f"{median(self.ratios):.2f} ({spread(self.ratios):.0%})" if self.ratios else ""
+        own, other = shown(self.ours), shown(self.theirs)
+        return [loud + self.what, self.shape, self.unit, own, self.beside, other, ratio, self.mark]
+
+
+COMPARED = ("what", "shape", "unit", "ours", "beside", "theirs", "times better", "mark")
+COMPARED_NOTE = f"""Sides that take turns, in one process or in processes right after each other: medians of all turns.
+*times better*: the median of the ratios of neighbours; below 1 ours is worse. `~`: other processes used more than
+{NOISY} of a core meanwhile, which counts for little."""
+
+
+def comparisons(rows: Sequence[Comparison]) -> str:
+    """What serving costs, and a step of reinforcement learning."""
+    return markdown(COMPARED, [row.cells for row in rows])
+
+
 def parts_table(parts: dict[str, dict[str, Any]]) -> str:
     """Milliseconds of the parts of a training step, and their shares of it."""
     rows = []
@@ -190,8 +245,10 @@ def page(report: dict[str, Any]) -> str:
         ]
     if report["loss"]:
         lines += ["Loss and its gradients, float32:", loss_table(report["loss"])]
-    if report.get("layers"):
-        lines += ["A layer, and files:", layers_table(report["layers"])]
+    if report["layers"]:
+        lines += ["Single layers, forward and backward, and files:", layers_table(report["layers"])]
+    if report["compared"]:
+        lines += ["Serving and reward:", COMPARED_NOTE, comparisons(report["compared"])]
     if report["measured"]:
         lines += ["Compilations, counted by jax's monitoring events:", compilations(report["measured"])]
     if report["notes"]:

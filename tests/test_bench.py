@@ -73,6 +73,17 @@ def test_loss_is_measured() -> None:
     assert found["rates"][0] > 0 and found["at_once_rates"][0] > 0
 
 
+@pytest.mark.parametrize("part", ["experts", "attention"])
+def test_layers_are_measured(part: str) -> None:
+    assert len(ours.measure({"what": "layer", "part": part, "shape": "toy", "repeats": 2})["rates"]) == 2
+
+
+def test_a_step_of_reward_is_measured_beside_its_parts() -> None:
+    found = ours.measure({"what": "reward", "shape": "toy", "repeats": 1, "replay": False})["samples"]
+    assert all(len(values) == 1 and values[0] > 0 for values in found.values()), found
+    assert found["handover share"][0] < 1
+
+
 def test_parts_add_up() -> None:
     seconds = parts(TOY, repeats=1)["seconds"]
     assert seconds["step"] == pytest.approx(sum(value for name, value in seconds.items() if name != "step"))
@@ -102,7 +113,17 @@ def test_the_page_names_ratios_and_noise() -> None:
     entry = {"what": "train", "shape": "T", "ours": ours_rounds, "peers": [peer], "bound": 400.0}
     limits = {"device": "cpu", "bandwidth": 2e10, "flops": 1e11, "versions": {}}
     machine = table.describe(limits, {"peer": "1.0"})
-    page = table.page({"machine": machine, "measured": [entry], "parts": {}, "loss": [], "notes": ["one: why"]})
+    page = table.page(
+        {
+            "machine": machine,
+            "measured": [entry],
+            "parts": {},
+            "loss": [],
+            "layers": [],
+            "compared": [],
+            "notes": ["one: why"],
+        }
+    )
     assert "| ~ train | T | 100 (0%) | peer | 80 (188%) | 1.25 | 0.80 | 25% | 0.01 / 0.50 |" in page
     assert "- one: why" in page
 

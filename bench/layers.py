@@ -1,13 +1,16 @@
-"""One Gated DeltaNet layer, forward and backward: `delta`."""
+"""Single layers, forward and backward: a layer's experts or attention (`layer`), and Gated DeltaNet (`delta`)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bench.parts import attention_part, experts_part
+from bench.shapes import Shape
 from bench.timing import Timings
 from model.config import LinearAttentionConfig, ModelConfig
 from model.layers import Keys
@@ -29,6 +32,11 @@ def peer_config() -> dict[str, int]:
     }
 
 
+def layer(part: str, shape: Shape, repeats: int) -> dict[str, Any]:
+    """Tokens per second of the experts or the attention of one layer of `shape`, and of all their gradients."""
+    return timed({"experts": experts_part, "attention": attention_part}[part](shape), shape.tokens, repeats)
+
+
 def delta(repeats: int) -> dict[str, Any]:
     """Tokens per second of the layer and of all its gradients, in float32."""
     linear = LinearAttentionConfig(num_key_heads=KEY_HEADS, num_value_heads=HEADS, key_dim=HEAD, value_dim=HEAD)
@@ -46,8 +54,14 @@ def delta(repeats: int) -> dict[str, Any]:
         y, pull = jax.vjp(forward, weights, x)
         return y, pull(dy)
 
-    compiled, timings = jax.jit(both), Timings()
+    compiled = jax.jit(both)
+    return timed(lambda: compiled(weights, x, dy), TOKENS, repeats)
+
+
+def timed(function: Callable[[], Any], tokens: int, repeats: int) -> dict[str, Any]:
+    """Tokens per second of calls, after one to compile and one to warm up."""
+    timings = Timings()
     for _ in range(2):
-        jax.block_until_ready(compiled(weights, x, dy))
-    timings.take(lambda: jax.block_until_ready(compiled(weights, x, dy)), repeats)
-    return {"rates": [TOKENS / seconds for seconds in timings.seconds], "spans": timings.spans}
+        jax.block_until_ready(function())
+    timings.take(lambda: jax.block_until_ready(function()), repeats)
+    return {"rates": [tokens / seconds for seconds in timings.seconds], "spans": timings.spans}

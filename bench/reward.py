@@ -1,4 +1,4 @@
-"""`python -m bench.rl`: a step of reinforcement learning beside what its parts cost alone, in one process.
+"""A step of reinforcement learning beside what its parts cost alone, in one process: `reward`.
 
 Drawing is compared with the engine that is given the same prompts and nothing else; the update with a step of plain
 training on the very same rows; the hand-over of weights with the whole step. The sides take turns.
@@ -6,7 +6,6 @@ training on the very same rows; the hand-over of weights with the whole step. Th
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable
@@ -18,14 +17,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from bench.shapes import SHAPES
-from bench.table import markdown
-from bench.timing import median
+from bench.ours import Result
+from bench.shapes import Shape
 from configs.alignment import RLConfig
 from configs.run import DataConfig, Run
 from serve.sampling_params import SamplingParams
-from sharding.runtime import configure_jax
-from terminal import write_json
 from train.losses import next_token
 from train.rl.learner import Learner
 from train.rl.rows import make_rows
@@ -40,14 +36,14 @@ PROMPT_WORDS = 12
 SECONDS = ("rollout", "scoring", "update", "handover")
 
 
-def make_job(name: str, replay: bool, out: Path) -> Job:
+def make_job(shape: Shape, replay: bool, out: Path) -> Job:
     """A run of 16 prompts and 8 replies of up to 64 tokens to each, on a model that nobody trained."""
     words = np.random.default_rng(0).choice(["cat", "dog", "sat", "mat", "the", "sun"], (256, PROMPT_WORDS))
     rows = [{"prompt": " ".join(row), "answer": " ".join(row[::-1])} for row in words]
     task = out / "words.jsonl"
     task.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = Run(
-        model=SHAPES[name].model,
+        model=shape.model,
         data=DataConfig(tokenizer=str(TOKENIZER), sequence_length=256),
         rl=RLConfig(tasks=(f"jsonl:{task}?grader=chrf",), max_new_tokens=64, slots=128, replay=replay),
         objective="rl",
@@ -96,40 +92,23 @@ def turn(learner: Learner, plain: Plain, state: TrainState, number: int) -> tupl
     whole, (state, metrics) = timed(lambda: learner.step(state, number))
     drawn = metrics["reply_tokens"] * len(samples)
     found = {name: metrics[f"seconds_{name}"] for name in SECONDS}
-    found |= {"step": whole, "alone": alone, "sft": sft, "prompt": float(np.mean([len(p) for p in prompts]))}
+    found |= {"step": whole, "sft": sft}
     found["draws"] = drawn / found["rollout"]
-    found["rollout ratio"] = found["draws"] / (sum(len(reply.tokens) for reply in replies) / alone)
-    found["update ratio"] = sft / found["update"]
+    found["draws alone"] = sum(len(reply.tokens) for reply in replies) / alone
     found["handover share"] = found["handover"] / whole
     return state, found
 
 
-def main() -> None:
-    """Measures, prints a table, and writes what was found."""
-    parser = argparse.ArgumentParser(prog="python -m bench.rl", description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="T")
-    parser.add_argument("--turns", type=int, default=7, help="after one that is not counted (default: %(default)s)")
-    parser.add_argument("--replay", action="store_true", help="record experts and replay them")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all turns there")
-    args = parser.parse_args()
-    configure_jax()
+def reward(shape: Shape, repeats: int, replay: bool) -> Result:
+    """`repeats` steps after one that is not counted, each with its parts alone: figures by name."""
     with TemporaryDirectory(prefix="qmax-bench-") as directory:
-        job = make_job(args.shape, args.replay, Path(directory))
+        job = make_job(shape, replay, Path(directory))
         with jax.set_mesh(job.mesh):
             state = job.start()
             learner, plain = Learner(job, state), Plain(job)
             found: list[dict[str, float]] = []
-            for number in range(1, args.turns + 2):
+            for number in range(1, repeats + 2):
                 state, one = turn(learner, plain, state, number)
                 found += [one] if number > 1 else []
         job.checkpoints.close()
-    middle = {name: median([one[name] for one in found]) for name in found[0]}
-    marks = {"rollout ratio": "at least 0.8", "update ratio": "at least 0.8", "handover share": "under 0.05"}
-    rows = [[name, f"{value:.4g}", marks.get(name, "")] for name, value in middle.items()]
-    print(markdown(["median", args.shape, "mark"], rows))
-    if args.json:
-        write_json(args.json, found)
-
-
-if __name__ == "__main__":
-    main()
+    return {"samples": {name: [one[name] for one in found] for name in found[0]}}
