@@ -29,6 +29,7 @@ def main() -> None:
     import serve.generate_verb  # noqa: F401
     from model.load import open_decoder
     from serve.engine import Engine
+    from serve.kept import Kept
     from serve.sampling_params import SamplingParams
     from sharding.runtime import configure_jax
 
@@ -36,7 +37,7 @@ def main() -> None:
     configure_jax()
     model, tokenizer = open_decoder(path)
     passed("open")
-    engine = Engine(model, tokenizer, slots=1)
+    engine = Engine(model, tokenizer, slots=1, kept=Kept.beside_jax())
     jax.block_until_ready((engine.device.leaves, engine.device.state))
     passed("read weights, programs meanwhile")
     for shape in engine.device.programs.shapes[:2]:  # the second token's is sent for before the first is read

@@ -23,6 +23,7 @@ from model.cache import KVType
 from model.load import Unread
 from model.quantization import WeightType
 from model.transformer import Transformer
+from serve.kept import Kept
 from serve.programs import Program, Programs, Shape
 from serve.prompts import embed, score
 from serve.rows import WORDS
@@ -48,7 +49,7 @@ class Device:
             embedding that are tokens. snapshots: places for what linear layers remember, of all devices together.
         led: of several processes the others do what process 0 says; otherwise all have the same requests.
         adapters: each row may have one of them. guesses: tokens that a step may guess, see `serve.speculation`.
-        record_experts: steps give the experts that were chosen too.
+        record_experts: steps give the experts that were chosen too. kept: compiled programs on the disk.
     """
 
     def __init__(
@@ -66,11 +67,12 @@ class Device:
         adapters: Sequence[Adapter] = (),
         guesses: int = 0,
         record_experts: bool = False,
+        kept: Kept | None = None,
     ):
         self.config, self.mesh, self.limits, self.pages = model.config, mesh, limits, pages
         self.weight_type: WeightType = weight_type
         self._kv_type: KVType = kv_type
-        self._guesses, self._record = guesses, record_experts
+        self._guesses, self._record, self._kept = guesses, record_experts, kept
         self._vocab_limit, self._dtype = vocab_limit, jnp.dtype(model.dtype)
         self.many = jax.process_count() > 1
         self.led = led and self.many
@@ -132,9 +134,18 @@ class Device:
             jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated())
             for x in self._blank("step", self.programs.shapes.index(shape))
         ]
-        with self.mesh_context():
-            weights = self._abstract, self.adapters
-            return jax.jit(engine_step, donate_argnums=1).lower(weights, state, *args).compile()
+        given = (self._abstract, self.adapters), state, *args
+
+        def make() -> Any:
+            with self.mesh_context():
+                return jax.jit(engine_step, donate_argnums=1).lower(*given).compile()
+
+        if self._kept is None or self.many:
+            return make()
+        described = jax.tree.map(lambda x: (x.shape, str(x.dtype), str(x.sharding)), given)
+        fixed = self._structure, self._vocab_limit, self._record
+        devices = jax.local_devices()[:1] if self.mesh is None else list(self.mesh.devices.flat)
+        return self._kept.get((self.config, limits, shape, *map(str, fixed), str(described)), devices, make)
 
     def _reading(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """One of the functions of `serve.prompts`, compiled for each length."""

@@ -25,6 +25,7 @@ from model.load import Unread
 from model.quantization import WeightType
 from model.transformer import Transformer
 from serve.device import Device
+from serve.kept import Kept
 from serve.logits import IN_PROMPT
 from serve.memory import Room
 from serve.pages import PagePool, Snapshots
@@ -78,6 +79,7 @@ class Engine:
         record_experts: replies tell which experts each token went to, see `Completion`.
         led: of several processes the others `device.follow()`: process 0 alone has requests. Otherwise all of them have
             the same ones, with seeds, and make the same steps of them.
+        kept: compiled programs on the disk, to start sooner the next time.
 
     Raises:
         UserError: the tokenizer does not fit the model, or a size is out of range.
@@ -100,6 +102,7 @@ class Engine:
         adapters: Sequence[Adapter] = (),
         record_experts: bool = False,
         led: bool = False,
+        kept: Kept | None = None,
     ):
         self.config, self.tokenizer, self.mesh = model.config, tokenizer, mesh
         self._check(slots=slots, context=context, pages=pages, guesses=guesses, snapshot_memory=snapshot_memory)
@@ -110,7 +113,7 @@ class Engine:
         slots = -(-slots // shards) * shards
         room = Room(self.config, jnp.dtype(model.dtype), self.page, kv_type)
         to_come = weight_bytes(self.config, room.dtype, weight_type) if isinstance(model, Unread) else 0
-        self.pages, kept = room.share(width, slots, shards, pages, snapshot_memory, to_come)
+        self.pages, remembered = room.share(width, slots, shards, pages, snapshot_memory, to_come)
         every = -(-2048 // self.page) * self.page if room.snapshot_bytes else 0
         chunks = CHUNKS.get(platform(), CHUNKS["other"])
         self.limits = Limits(slots, shards, self.page, width, chunks, every, deterministic)
@@ -120,19 +123,20 @@ class Engine:
             self.limits,
             self.pages,
             vocab_limit=tokenizer.vocab_size,
-            snapshots=kept,
+            snapshots=remembered,
             weight_type=weight_type,
             kv_type=kv_type,
             led=led,
             adapters=adapters,
             guesses=guesses,
             record_experts=record_experts,
+            kept=kept,
         )
         recorded = record_experts and self.config.num_moe_layers
         self._recording = Recording(self.config, self.limits, self.pages) if recorded else None
         self.guesses, self.guesses_made, self.guesses_kept = guesses, 0, 0
         pools = [PagePool(self.pages // shards) for _ in range(shards)]
-        self.scheduler = Scheduler(self.limits, pools, [Snapshots(kept // shards) for _ in range(shards)])
+        self.scheduler = Scheduler(self.limits, pools, [Snapshots(remembered // shards) for _ in range(shards)])
         self.lines = Lines(self.limits)
         self._sent: deque[Sent] = deque()
         self._commands: deque[tuple[Request, bool]] = deque()

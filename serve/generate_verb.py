@@ -186,9 +186,10 @@ def open_model(path: Path, slots: int) -> tuple[Engine, Tokenizer]:
     configure_jax()
     from model.load import open_decoder
     from serve.engine import Engine
+    from serve.kept import Kept
 
     model, tokenizer = open_decoder(path)
-    return Engine(model, tokenizer, slots=slots), tokenizer
+    return Engine(model, tokenizer, slots=slots, kept=Kept.beside_jax()), tokenizer
 
 
 # ---- replies ----------------------------------------------------------------

@@ -277,6 +277,7 @@ def load_engine(args: argparse.Namespace, path: Path, placement: Placement) -> t
     from model.adapters import read_adapter
     from model.load import open_decoder
     from serve.engine import Engine
+    from serve.kept import Kept
     from sharding.mesh import make_mesh
 
     model, tokenizer = open_decoder(path, placement.mesh)
@@ -295,6 +296,7 @@ def load_engine(args: argparse.Namespace, path: Path, placement: Placement) -> t
         guesses=args.guesses,
         adapters=adapters,
         led=True,
+        kept=Kept.beside_jax(),
     )
     return engine, tokenizer
 
