@@ -136,7 +136,8 @@ class Device:
         ]
         given = (self._abstract, self.adapters), state, *args
 
-        def make() -> Any:
+        def make(ending: str = "") -> Any:
+            engine_step.__name__ += ending
             with self.mesh_context():
                 return jax.jit(engine_step, donate_argnums=1).lower(*given).compile()
 

@@ -13,14 +13,14 @@ import os
 import pickle
 import platform
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import jax
 from jax.experimental import serialize_executable
@@ -33,7 +33,6 @@ SETTINGS = ("JAX_", "XLA_", "LIBTPU_", "TF_XLA_", "CUDA_", "NVIDIA_")
 """Beginnings of the environment variables that may change what is compiled."""
 DAYS = 30
 """A program that was not used for as long is removed when another is kept."""
-CACHE_HIT = "/jax/compilation_cache/cache_hits"
 
 Program = Callable[..., Any]
 
@@ -50,8 +49,12 @@ class Kept:
         folder = jax.config.values.get("jax_compilation_cache_dir")
         return None if not folder or "://" in str(folder) else cls(Path(folder) / "programs")
 
-    def get(self, names: tuple[Any, ...], devices: Sequence[Any], make: Callable[[], Any]) -> Program:
-        """The program for `devices` that `names` tell apart from all others of these sources; made if need be."""
+    def get(self, names: tuple[Any, ...], devices: Sequence[Any], make: Callable[[str], Any]) -> Program:
+        """The program for `devices` that `names` tell apart from all others of these sources.
+
+        Args:
+            make: compiles it as a function whose name ends so.
+        """
         text = repr((self._surroundings(), [device.id for device in devices], names))
         path = self._folder / f"{hashlib.sha256(text.encode()).hexdigest()}.program"
         # What is there may be of any kind: half a file, or of a compiler that says that it is another one.
@@ -60,12 +63,11 @@ class Kept:
             found = serialize_executable.deserialize_and_load(*parts, execution_devices=devices)
             os.utime(path)
             return found
-        with watched() as hits:
-            made = make()
-        # A CPU's program that came out of jax's cache cannot be taken apart again: it lacks functions then.
-        if not hits or jax.default_backend() != "cpu":
-            with suppress(OSError, ValueError, jax.errors.JaxRuntimeError):
-                self._write(path, pickle.dumps(serialize_executable.serialize(made)))
+        # A CPU's program that came out of jax's own cache cannot be kept: it has lost functions. So that jax does not
+        # find it there, it has a name that nothing ever had.
+        made = make(f"_{uuid4().hex}" if devices[0].platform == "cpu" else "")
+        with suppress(OSError, ValueError, jax.errors.JaxRuntimeError):
+            self._write(path, pickle.dumps(serialize_executable.serialize(made)))
         return made
 
     def _surroundings(self) -> tuple[Any, ...]:
@@ -87,30 +89,6 @@ class Kept:
         for other in self._folder.iterdir():
             if other.stat().st_mtime < old:
                 other.unlink(missing_ok=True)
-
-
-_hits = threading.local()
-
-
-@contextmanager
-def watched() -> Iterator[list[str]]:
-    """A list that gets longer with each program that this thread finds in jax's cache."""
-    _listen()
-    _hits.found = found = []
-    try:
-        yield found
-    finally:
-        _hits.found = None
-
-
-@cache
-def _listen() -> None:
-    def hear(event: str, **_: Any) -> None:
-        found = getattr(_hits, "found", None)
-        if event == CACHE_HIT and found is not None:
-            found.append(event)
-
-    jax.monitoring.register_event_listener(hear)
 
 
 @cache

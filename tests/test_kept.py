@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from test_engine import CONFIG, GREEDY, Words
 
 from model.config import ModelConfig
@@ -19,17 +17,6 @@ from sharding.mesh import MeshConfig, make_mesh
 
 PROMPT = [[3, 1, 4, 1, 5, 9, 2, 6]]
 TRACED = "/jax/core/compile/jaxpr_trace_duration"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path) -> Iterator[None]:
-    """What jax finds in its cache is not kept on a CPU, so each test has one of its own."""
-    before = jax.config.values["jax_compilation_cache_dir"]
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +30,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == TRACED and kwargs.get("fun_name") == "engine_step":
+        if event == TRACED and str(kwargs.get("fun_name")).startswith("engine_step"):
             names.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -84,9 +71,14 @@ def test_another_engine_has_programs_of_its_own(model: Transformer, tmp_path: Pa
 def test_other_sources_or_settings_find_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 
-    def make() -> Any:
+    def make(ending: str) -> Any:
         made.append(1)
-        return jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((2,), "float32")).compile()
+
+        def add_one(x: jax.Array) -> jax.Array:
+            return x + 1
+
+        add_one.__name__ += ending
+        return jax.jit(add_one).lower(jax.ShapeDtypeStruct((2,), "float32")).compile()
 
     kept = Kept(tmp_path)
     for _ in range(2):
@@ -108,8 +100,6 @@ def test_what_is_broken_is_made_anew(model: Transformer, tmp_path: Path) -> None
     first = say(model, Kept(tmp_path))
     for number, path in enumerate(files(tmp_path)):
         path.write_bytes(path.read_bytes()[: 1000 * number])
-    compilation_cache.reset_cache()
-    jax.config.update("jax_compilation_cache_dir", None)
     assert say(model, Kept(tmp_path)) == first
     assert all(len(path.read_bytes()) > 5000 for path in files(tmp_path))
 
