@@ -236,7 +236,7 @@ class Scheduler:
         limits = self.limits
         if limits.deterministic:
             return 1, self._tokens(first)
-        left = [r.place.target - r.place.length for r in reading if r.place]
+        left = [self._left(request) for request in reading]
 
         def worth(shape: tuple[int, int]) -> tuple[float, int]:
             rows, tokens = shape
@@ -249,30 +249,37 @@ class Scheduler:
 
     def _tokens(self, request: Request) -> int:
         """Tokens of the smallest one-row program that reads the rest of a prompt, or else of the largest."""
+        left, sizes = self._left(request), sorted(tokens for rows, tokens in self.limits.chunks if rows == 1)
+        return next((size for size in sizes if size >= left), sizes[-1])
+
+    def _left(self, request: Request) -> int:
+        """Tokens of a row that are still to be read; of one that has not begun, without those that others have read."""
         place = request.place
         assert place is not None
-        sizes = sorted(tokens for rows, tokens in self.limits.chunks if rows == 1)
-        return next((size for size in sizes if size >= place.target - place.length), sizes[-1])
+        had = place.length if place.started else len(self._known(place)) * self.limits.page
+        return place.target - had
 
-    def _reuse(self, request: Request) -> int | None:
-        """Begins a row with pages that hold its first tokens already; gives the snapshot to load, if it needs one."""
-        place, limits = request.place, self.limits
-        assert place is not None
-        shard = place.slot // limits.slots_of_shard
-        pool, load = self.pools[shard], None
+    def _known(self, place: Place) -> list[int]:
+        """Pages that hold the first tokens of a row that has not begun, as far as it can go on from there."""
+        limits, shard = self.limits, place.slot // self.limits.slots_of_shard
         # At least one token has to be read, so that there is something to sample from.
-        found = pool.find(place.keys[: (place.target - 1) // limits.page])
+        found = self.pools[shard].find(place.keys[: (place.target - 1) // limits.page])
         if limits.deterministic:
             largest = max(tokens for rows, tokens in limits.chunks if rows == 1)
             found = found[: len(found) * limits.page // largest * largest // limits.page]
-        if limits.snapshot_every:
-            snapshots = self.snapshots[shard]
-            while found and place.keys[len(found) - 1] not in snapshots:
-                found.pop()
-            load = snapshots.find(place.keys[len(found) - 1]) if found else None
-        pool.hold(found)
-        place.pages = list(found)
-        place.length = len(found) * limits.page
+        while limits.snapshot_every and found and place.keys[len(found) - 1] not in self.snapshots[shard]:
+            found.pop()
+        return found
+
+    def _reuse(self, request: Request) -> int | None:
+        """Begins a row with pages that hold its first tokens already; gives the snapshot to load, if it needs one."""
+        place = request.place
+        assert place is not None
+        shard, found = place.slot // self.limits.slots_of_shard, self._known(place)
+        load = self.snapshots[shard].find(place.keys[len(found) - 1]) if self.limits.snapshot_every and found else None
+        self.pools[shard].hold(found)
+        place.pages = found
+        place.length = len(found) * self.limits.page
         request.cached_tokens = min(place.length, len(request.prompt))
         return load
 

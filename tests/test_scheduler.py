@@ -92,6 +92,7 @@ def simulate(limits: Limits, pages: int, seed: int, requests: int) -> list[Reque
     )
     most = min(limits.width, pages) * PAGE
     asked: list[Request] = []
+    shapes: dict[tuple[int, int], tuple[int, int]] = {}
     for _ in range(3000):
         if len(asked) < requests and rng.random() < 0.5:
             beginning = [rng.randrange(2) for _ in range(3)] * rng.randrange(6)  # of few kinds: they are shared
@@ -111,6 +112,9 @@ def simulate(limits: Limits, pages: int, seed: int, requests: int) -> list[Reque
             device.go_on(request, rng)
         for chunk in work.chunks:
             device.read(chunk, rng)
+            if limits.deterministic:
+                where = chunk.start, len(chunk.request.known)
+                assert shapes.setdefault(where, work.shape) == work.shape, "a piece's program is its own matter alone"
         counts = [r.place.slot for r in (*work.rows, *(c.request for c in work.chunks)) if r.place]
         assert len(set(counts)) == len(counts), "a row takes one step in a turn"
         for request, place, token in received:
@@ -153,6 +157,21 @@ def test_priorities_go_first() -> None:
     scheduler.add(soon)
     assert [chunk.request for chunk in scheduler.next().chunks] == [soon]
     assert scheduler.waiting == 1
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_only_what_nobody_has_read_decides_on_the_program(deterministic: bool) -> None:
+    limits = Limits(2, 1, PAGE, 16, ((1, 4), (1, 16)), 0, deterministic)
+    scheduler = Scheduler(limits, [PagePool(40)])
+    for turn in range(2):
+        request = Request([*range(32), turn, turn], SamplingParams(), (), 1, 0)
+        scheduler.add(request)
+        shapes = []
+        while (work := scheduler.next()).chunks:
+            shapes.append(work.shape)
+        request.finish_reason = "length"
+        scheduler.remove(request)
+        assert shapes == ([(1, 4)] if turn else [(1, 16), (1, 16), (1, 4)])
 
 
 def test_keys_stand_for_everything_before() -> None:
