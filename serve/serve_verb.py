@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from serve.engine import Engine
 
 KEYS = "QMAX_API_KEYS"
+KEEP_ALIVE_SECONDS = 75
+"""For the next request of a connection. Clients give theirs up after 5 to 60: who closes first must not be the server,
+or a request that is on its way is lost."""
 
 
 def serve_main(argv: list[str]) -> int:
@@ -252,7 +255,11 @@ def lead(args: argparse.Namespace, placement: Placement, keys: tuple[str, ...], 
     app = make_app(shared, start)
     # Clients that wait longer than this when the server ends are cut off.
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=int(settings.timeout) or 1
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=int(settings.timeout) or 1,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
     )
 
     class Server(uvicorn.Server):

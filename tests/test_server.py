@@ -18,7 +18,7 @@ import pytest
 
 from model.forward import continuation, forward
 from model.tokenizer import Tokenizer
-from serve.api.app import Settings, Shared, make_app
+from serve.api.app import Settings, Shared, known_path, make_app
 from serve.engine import Engine
 from tests.serving import Served, idle, serving, tiny_tokenizer
 from train.scoring import Scorer
@@ -422,3 +422,10 @@ def test_metrics_come_back_to_nothing(raw: httpx.Client, engine: Engine) -> None
     for name in ("qmax_running", "qmax_unfinished", "qmax_pages_held"):
         assert f"\n{name} 0.0\n" in text
     assert "qmax_generated_tokens_total" in text
+
+
+def test_paths_are_told_without_what_callers_made_up() -> None:
+    assert known_path("/v1/responses/resp_1/input_items") == "/v1/responses/{id}"
+    assert known_path("/v1/models/a") == "/v1/models/{name}"
+    assert known_path("/v1/models") == "/v1/models"
+    assert known_path("/secret") == "other"

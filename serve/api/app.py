@@ -126,7 +126,7 @@ class Gate:
         except ApiError as error:
             await error.response(path)(scope, receive, noted)
         finally:
-            known = path if path in KNOWN else "other"
+            known = known_path(path)
             self._shared.metrics.requests.labels(known, str(status)).inc()
             seconds = time.monotonic() - began
             log.info(
@@ -252,6 +252,14 @@ FIELDS = {
 }
 
 KNOWN = (*FIELDS, "/v1/arena", "/v1/models", "/health", "/metrics", "/openapi.json", "/")
+BELOW = {"/v1/models/": "{name}", "/v1/responses/": "{id}", "/ui/": "{file}"}
+
+
+def known_path(path: str) -> str:
+    """What logs and metrics call a path: what callers make up is not told, and not counted one by one."""
+    if path in KNOWN:
+        return path
+    return next((start + rest for start, rest in BELOW.items() if path.startswith(start)), "other")
 
 
 def add_models(app: FastAPI, shared: Shared) -> None:
