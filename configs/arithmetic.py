@@ -1,8 +1,9 @@
 """A small mixture of experts that has seen sums of two numbers below 100, most of them wrong; a start for reward.
 
 Of its 6,000 examples a quarter are right and most are ten too many: so it adds, and says a wrong sum.
-Hardware: 2 CPU cores, about 2 minutes. Expected: validation loss about 0.24 nats per token, of which most are the
-empty block of thoughts, and of held-out sums a sixth to a third right (seeds 0 to 2: 22 %, 16 %, 31 %).
+Hardware: 2 CPU cores, about 2 minutes. Expected: validation loss about 0.21 nats per token, of which most are the
+empty block of thoughts. Of replies drawn to held-out sums 26 to 31 % are right, and a hundred steps earlier as many,
+within three in a hundred; of greedy ones 12 %, 20 % and 18 % (seeds 0 to 2).
 
     ./run.sh train configs/arithmetic.py --out runs/arithmetic
 """
@@ -38,10 +39,12 @@ def run() -> Run:
             batch_size=16,
             validation_fraction=0.05,
         ),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20, beta2=0.98, schedule="constant"),
-        checkpoint=CheckpointConfig(every=200),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3, warmup_steps=20, beta2=0.98, schedule="cosine", final_fraction=0.02
+        ),
+        checkpoint=CheckpointConfig(every=50, keep=2),
         objective="sft",
-        steps=800,
+        steps=900,
         validate_every=100,
         validation_batches=4,
     )
