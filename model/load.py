@@ -59,6 +59,7 @@ class RunSource:
         if step is None:
             raise UserError(f"{path} has no complete checkpoint")
         self.step = step
+        self._stacked, self._stored = self._stored_form()
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer kept in the run."""
@@ -98,18 +99,13 @@ class RunSource:
         self, shardings: Shardings, ends: tuple[str, ...] = ("",), *, alone: bool = False
     ) -> Iterator[dict[str, jax.Array]]:
         """As `_read`; with `alone` one stored array is read after the other."""
-        saved = self.checkpoints.leaves(self.step)
-        forms = {stacked: self._form(stacked) for stacked in (False, True)}
-        fitting = [stacked for stacked, form in forms.items() if _fits(form, saved)]
-        if not fitting:
-            raise UserError(f"checkpoint {self.step} of {self.path} is of another architecture than its config.json")
-        skeleton = forms[fitting[0]]
+        saved, skeleton = self.checkpoints.leaves(self.step), self._stored
         asked = {}
         for name, shape in skeleton.shapes.items():
             if not name.endswith(ends):
                 continue
             kind = "params" if name in skeleton.weights else "extra"
-            own = list_names(name, self.config) if fitting[0] else [name]
+            own = list_names(name, self.config) if self._stacked else [name]
             sharding = _layout_of(own[0], shardings, self.config)
             sharding = sharding if len(own) == 1 else _over_layers(sharding)
             path = f"{kind}.{name}"
@@ -118,7 +114,16 @@ class RunSource:
         for piece in [{path: leaf} for path, leaf in asked.items()] if alone else [asked]:
             found = self.checkpoints.restore(self.step, piece, part=True)
             arrays = {name.partition(".")[2]: array for name, array in found.items()}
-            yield unstack(arrays, self.config) if fitting[0] else arrays
+            yield unstack(arrays, self.config) if self._stacked else arrays
+
+    def _stored_form(self) -> tuple[bool, Skeleton]:
+        """Whether the checkpoint holds layers stacked, and the model as it holds it."""
+        saved = self.checkpoints.leaves(self.step)
+        for stacked in (False, True):
+            form = self._form(stacked)
+            if _fits(form, saved):
+                return stacked, form
+        raise UserError(f"checkpoint {self.step} of {self.path} is of another architecture than its config.json")
 
     def _form(self, stacked: bool) -> Skeleton:
         if not self.lora.rank:
