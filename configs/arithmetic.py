@@ -40,7 +40,7 @@ def run() -> Run:
             validation_fraction=0.05,
         ),
         optimizer=OptimizerConfig(
-            learning_rate=3e-3, warmup_steps=20, beta2=0.98, schedule="cosine", final_fraction=0.02
+            learning_rate=3e-3, warmup_steps=20, beta2=0.98, schedule="cosine", final_fraction=0.0
         ),
         checkpoint=CheckpointConfig(every=50, keep=2),
         objective="sft",

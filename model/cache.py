@@ -23,6 +23,9 @@ from sharding.rules import constrain, on_own_parts
 KVType = Literal["same", "int8"]
 """How keys, values and latents are stored: in the type that the model computes in, or in 8 bits."""
 
+Stored = tuple[Array, ...]
+"""What one layer remembers, see `Cache`."""
+
 NOWHERE = 2**30
 """Page of a token that is not kept."""
 
@@ -52,6 +55,7 @@ class Cache:
     lengths_B: positions filled in each row; the next token of row b goes to `lengths_B[b]`.
     table_BX: the pages of each row, in order, counted among those of its device. page: positions of each.
     slots_B: the slot of each row, counted likewise; None: row b has slot b.
+    undecided: how many of the batch's tokens stand is told later, see `model.forward.settle`.
     """
 
     layers: tuple[tuple[Array, ...], ...]
@@ -59,6 +63,7 @@ class Cache:
     table_BX: Int[Array, "B X"]
     page: int = struct.field(pytree_node=False)
     slots_B: Int[Array, " B"] | None = None
+    undecided: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def capacity(self) -> int:
@@ -82,6 +87,7 @@ class Paging:
     table_BX: Int[Array, "B X"]
     slots_B: Int[Array, " B"] | None
     page: int = struct.field(pytree_node=False)
+    undecided: bool = struct.field(pytree_node=False)
 
 
 def page_size(capacity: int) -> int:
@@ -157,7 +163,8 @@ def make_paging(cache: Cache, segments_BT: Int[Array, "B T"]) -> Paging:
     index_BT, page_BT, offset_BT, reach_B = jax.lax.optimization_barrier(
         (index_BT, page_BT, index_BT % cache.page, reach_B)
     )
-    return Paging(index_BT, page_BT, offset_BT, cache.lengths_B, reach_B, cache.table_BX, cache.slots_B, cache.page)
+    rest = cache.table_BX, cache.slots_B, cache.page, cache.undecided
+    return Paging(index_BT, page_BT, offset_BT, cache.lengths_B, reach_B, *rest)
 
 
 def write(stored: tuple[Array, ...], new: tuple[Float[Array, "B T K H"], ...], paging: Paging) -> tuple[Array, ...]:
@@ -222,16 +229,18 @@ def take_slots(stored: tuple[Array, ...], paging: Paging) -> tuple[Array, ...]:
     return tuple(one(x, own) for x, own in zip(stored, SLOTS, strict=True))
 
 
-def put_slots(stored: tuple[Array, ...], new: tuple[Array, ...], paging: Paging) -> tuple[Array, ...]:
-    """`stored` with what the rows of the batch leave behind; rows without a token leave it as it is."""
-    if paging.slots_B is None:
+def put_slots(
+    stored: tuple[Array, ...], new: tuple[Array, ...], slots_B: Array | None, grown_B: Array
+) -> tuple[Array, ...]:
+    """`stored` with what the rows of the batch leave behind; rows that have not grown leave it as it is."""
+    if slots_B is None:
         return new
 
     def local(x: Array, new: Array, slots_B: Array, grown_B: Array) -> Array:
         return x.at[jnp.where(grown_B, slots_B, NOWHERE)].set(new.astype(x.dtype), mode="drop")
 
     def one(x: Array, new: Array, own: tuple[str | None, ...]) -> Array:
-        args = (x, new, paging.slots_B, paging.reach_B > paging.lengths_B)
+        args = (x, new, slots_B, grown_B)
         found = on_own_parts(local, args, (own, own, ("batch",), ("batch",)), own)
         assert found is not None, "rows and slots divide over the mesh"
         return found

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
+from model import linear_attention
 from model.attention import Mask
-from model.cache import Cache, make_paging
+from model.cache import Cache, Stored, make_paging, put_slots
 from model.layers import rope_tables
 from model.linear import in_float32
 from model.moe import RouterStats
@@ -104,6 +105,23 @@ def forward(
     return Output(hidden_BTD, cache, stats, experts)
 
 
+def settle(model: Transformer, before: tuple[Stored, ...], read: Cache, kept_B: Int[Array, " B"]) -> tuple[Stored, ...]:
+    """What layers remember once it is told that the first `kept` tokens of a batch stand.
+
+    Keys and values of tokens that do not stand lie behind the row's end, and nobody looks at them; linear layers make
+    their state of what they read.
+
+    Args:
+        before: the layers of the cache that went into `forward`. read: the cache that came out, `undecided`.
+    """
+    found = list(read.layers)
+    for layer, stored in enumerate(before):
+        if model.config.attention_kind(layer) == "linear":
+            after = linear_attention.settle(found[layer], kept_B)
+            found[layer] = put_slots(stored, after, read.slots_B, kept_B > 0)
+    return tuple(found)
+
+
 def embed(model: Transformer, tokens_BT: Array) -> Float[Array, "B T D"]:
     """The rows of the embedding for these tokens, in the model's type."""
     with jax.named_scope("embed"):
@@ -135,6 +153,22 @@ def predict_further(
 
     tokens = (hidden_BTD, embed(model, following_BT), context)
     return spread(run, model.mtp, tokens, model.cut_over_data) if spreads(model, batch) else run(model.mtp, tokens)
+
+
+def draft_further(
+    model: Transformer, batch: Batch, hidden_BTD: Float[Array, "B T D"], cache: Cache
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """As `predict_further` for rows that go on from a cache, whose one layer is the block's; and the new cache.
+
+    Args:
+        batch: positions of the tokens that `hidden` is of; its own tokens are those that came after them.
+    """
+    assert model.mtp is not None, "the model has no block for multi-token prediction"
+    context = make_context(model, batch, cache)
+    further_BTD, output = model.mtp(hidden_BTD, embed(model, batch.tokens_BT), context, cache.layers[0])
+    assert output.stored is not None
+    lengths_B = cache.lengths_B + context.valid_BT.sum(axis=1, dtype=jnp.int32)
+    return further_BTD, replace(cache, layers=(output.stored,), lengths_B=lengths_B)
 
 
 def make_context(model: Transformer, batch: Batch, cache: Cache | None) -> Context:

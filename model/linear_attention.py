@@ -322,8 +322,13 @@ class GatedDeltaNet(nnx.Module):
         documents_BT: Int[Array, "B T"],
         stored: State | None,
         matmul: Matmul = "plain",
+        *,
+        undecided: bool = False,
     ) -> tuple[Float[Array, "B T D"], State | None]:
-        """The output and, with a `stored` state, the state after this batch; padding leaves it untouched."""
+        """The output and, with a `stored` state, the state after this batch; padding leaves it untouched.
+
+        Of a batch that is `undecided` it gives instead what `settle` needs, which then makes the state.
+        """
         dtype, float32 = x_BTD.dtype, jnp.float32
         x_BTD = jnp.where(valid_BT[..., None], x_BTD, 0)
 
@@ -350,6 +355,7 @@ class GatedDeltaNet(nnx.Module):
 
         batch, _, heads, width = v_BTNI.shape
         memory = jnp.zeros((batch, heads, k_BTKH.shape[-1], width), float32) if stored is None else stored[3]
+        to_settle = (*inputs, k_BTKH, v_BTNI, g_BTN, beta_BTN, memory)
         with jax.named_scope("delta_rule"):
             if x_BTD.shape[1] == 1 and stored is not None:
                 q, k, v, g, beta = (x[:, 0] for x in (q_BTKH, k_BTKH, v_BTNI, g_BTN, beta_BTN))
@@ -361,11 +367,22 @@ class GatedDeltaNet(nnx.Module):
         out_BTNI = (self.norm(out_BTNI.astype(dtype)) * jax.nn.silu(gate_BTNI)).astype(dtype)
         out_BTNI = constrain(out_BTNI, "batch", "length", "heads", "head_dim")
         out_BTD = merge_heads(out_BTNI, self.o_NID[...], matmul)
-        if stored is None:
-            return out_BTD, None
+        if stored is None or undecided:
+            return out_BTD, to_settle if undecided else None
         lengths_B = valid_BT.sum(axis=1, dtype=jnp.int32)
         conv = [last_inputs(seen, lengths_B, seen.shape[1] - x_BTD.shape[1]) for seen in inputs]
         return out_BTD, (conv[0], conv[1], conv[2], memory)
+
+
+def settle(undecided: State, kept_B: Int[Array, " B"]) -> State:
+    """The state after the first `kept` tokens of a batch that was read `undecided`; no weights are needed for that."""
+    *inputs, k_BTKH, v_BTNI, g_BTN, beta_BTN, memory = undecided
+    length = k_BTKH.shape[1]
+    kept_BT1 = (jnp.arange(length) < kept_B[:, None])[..., None]
+    documents_BT = jnp.zeros(k_BTKH.shape[:2], jnp.int32)
+    _, memory = chunked(k_BTKH, k_BTKH, v_BTNI, g_BTN * kept_BT1, beta_BTN * kept_BT1, documents_BT, memory)
+    conv = [last_inputs(seen, kept_B, seen.shape[1] - length) for seen in inputs]
+    return conv[0], conv[1], conv[2], memory
 
 
 def last_inputs(inputs: Array, lengths_B: Int[Array, " B"], count: int) -> Array:

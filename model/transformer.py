@@ -81,9 +81,14 @@ class Block(nnx.Module):
         normed, matmul = self.attention_norm(x_BTD), context.matmul
         if isinstance(self.attention, GatedDeltaNet):
             before = None if stored is None or context.paging is None else take_slots(stored, context.paging)
-            attended, after = self.attention(normed, context.valid_BT, context.documents_BT, before, matmul)
-            if stored is not None and after is not None and context.paging is not None:
-                stored = put_slots(stored, after, context.paging)
+            paging = context.paging
+            undecided = paging is not None and paging.undecided
+            tokens = normed, context.valid_BT, context.documents_BT
+            attended, after = self.attention(*tokens, before, matmul, undecided=undecided)
+            if undecided:
+                stored = after
+            elif stored is not None and after is not None and paging is not None:
+                stored = put_slots(stored, after, paging.slots_B, paging.reach_B > paging.lengths_B)
         else:
             attended, stored = self.attention(normed, context.rope, context.mask, stored, context.paging, matmul)
         x_BTD = constrain(x_BTD + attended, "batch", "length", "embed")

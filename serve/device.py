@@ -48,7 +48,8 @@ class Device:
         limits: the sizes that the scheduler works with. pages: of all devices together. vocab_limit: rows of the
             embedding that are tokens. snapshots: places for what linear layers remember, of all devices together.
         led: of several processes the others do what process 0 says; otherwise all have the same requests.
-        adapters: each row may have one of them. guesses: tokens that a step may guess, see `serve.speculation`.
+        adapters: each row may have one of them. guesses: tokens that a step may guess, see `serve.speculation`;
+            drafts: the model's own block makes them, see `serve.drafts`.
         record_experts: steps give the experts that were chosen too. kept: compiled programs on the disk.
     """
 
@@ -66,6 +67,7 @@ class Device:
         led: bool,
         adapters: Sequence[Adapter] = (),
         guesses: int = 0,
+        drafts: bool = False,
         record_experts: bool = False,
         kept: Kept | None = None,
     ):
@@ -80,7 +82,9 @@ class Device:
         self._abstract, self._structure = jax.tree.flatten(
             abstract_weights(self.config, self._dtype, mesh, weight_type)
         )
-        empty = partial(empty_state, self.config, limits.slots, pages, limits.page, self._dtype, kv_type)
+        self._drafts = guesses if drafts else 0
+        sizes = limits.slots, pages, limits.page, self._dtype
+        empty = partial(empty_state, self.config, *sizes, kv_type, self._drafts)
         self.state = self.on_mesh(jax.jit(empty))()
         self.store = Store(self.config, self._dtype, snapshots, self.on_mesh)
         self._begin, self._allow = (self.on_mesh(jax.jit(f, donate_argnums=0)) for f in (begin, allow))
@@ -128,7 +132,7 @@ class Device:
             return function(self.with_leaves(weights[0]), *args, **sizes, adapters=weights[1], record=self._record)
 
         state = abstract_state(
-            self.config, limits.slots, self.pages, limits.page, self._dtype, self.mesh, self._kv_type
+            self.config, limits.slots, self.pages, limits.page, self._dtype, self.mesh, self._kv_type, self._drafts
         )
         args = [
             jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated())

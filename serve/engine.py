@@ -25,8 +25,9 @@ from model.load import Unread
 from model.quantization import WeightType
 from model.transformer import Transformer
 from serve.device import Device
+from serve.drafts import DRAFTED, can_draft
 from serve.kept import Kept
-from serve.logits import IN_PROMPT
+from serve.logits import first_tables
 from serve.memory import Room
 from serve.pages import PagePool, Snapshots
 from serve.programs import Shape
@@ -73,8 +74,9 @@ class Engine:
             prompts are read one at a time, in pieces that their own length decides.
         weight_type: int8 to keep matrices in 8 bits, each output channel with its scale.
         kv_type: int8 to keep keys and values in 8 bits, each token's heads with scales of their own.
-        guesses: tokens that a step may guess from what came before, and keep where they come true, see
-            `serve.speculation`; requests with penalties or a constraint go without.
+        guesses: tokens that a step may guess, and keep where they come true, see `serve.speculation`: by the model's
+            block for multi-token prediction, or else from the text, as always where the engine is deterministic.
+            Requests with penalties or a constraint go without.
         adapters: adapters of low rank; a request names one by its number, counted from 1, see `request`.
         record_experts: replies tell which experts each token went to, see `Completion`.
         led: of several processes the others `device.follow()`: process 0 alone has requests. Otherwise all of them have
@@ -111,7 +113,8 @@ class Engine:
         width = -(-self.context // self.page)
         shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         slots = -(-slots // shards) * shards
-        room = Room(self.config, jnp.dtype(model.dtype), self.page, kv_type)
+        self._drafts = guesses > 0 and can_draft(self.config) and not deterministic
+        room = Room(self.config, jnp.dtype(model.dtype), self.page, kv_type, self._drafts)
         to_come = weight_bytes(self.config, room.dtype, weight_type) if isinstance(model, Unread) else 0
         self.pages, remembered = room.share(width, slots, shards, pages, snapshot_memory, to_come)
         every = -(-2048 // self.page) * self.page if room.snapshot_bytes else 0
@@ -129,6 +132,7 @@ class Engine:
             led=led,
             adapters=adapters,
             guesses=guesses,
+            drafts=self._drafts,
             record_experts=record_experts,
             kept=kept,
         )
@@ -323,7 +327,8 @@ class Engine:
         slots = [place.slot for _, place in found]
         most = np.bincount([slot // self.limits.slots_of_shard for slot in slots]).max() * self.limits.shards
         guesses = [self._guess(*one) for one in found]
-        guessed, shapes = any(guesses), self.device.programs.shapes
+        # What others guess must not decide which program a row goes through.
+        guessed, shapes = any(guesses) or bool(self.guesses and self.limits.deterministic), self.device.programs.shapes
         shape = next(s for s in shapes if s.guessed == guessed and (guessed or not s.tokens) and s.rows >= most)
         for (_, place), guess in zip(found, guesses, strict=True):
             self.lines.put(place, length=place.length - 1, count=1 + len(guess), step=place.sampled - 1, keep=True)
@@ -342,7 +347,8 @@ class Engine:
         if not self.guesses or request.sampling.penalised or request.constraint is not None:
             return []
         room = min(request.max_tokens - place.sampled, len(place.pages) * self.page - place.length, self.guesses)
-        return request.lookup.guess(request.known, room) if room > 0 else []
+        drafted = self._drafts or room <= 0
+        return [DRAFTED] * room if drafted else request.lookup.guess(request.known, room)
 
     def _read_prompts(self, size: tuple[int, int], chunks: Sequence[Chunk]) -> Sent:
         """Reads these pieces of prompts; of those that end one token is drawn."""
@@ -353,7 +359,8 @@ class Engine:
             assert place is not None
             slots.append(place.slot)
             count, step = chunk.end - chunk.start, place.sampled - chunk.last
-            self.lines.put(place, length=chunk.start, count=count, step=step, keep=chunk.last)
+            following = 0 if chunk.last else chunk.request.known[chunk.end]
+            self.lines.put(place, length=chunk.start, count=count, step=step, keep=chunk.last, following=following)
         places, words = self.lines.words(slots, shape.rows, in_place=False)
         for row, chunk in zip(places, chunks, strict=True):
             tokens_RT[row, : chunk.end - chunk.start] = chunk.request.known[chunk.start : chunk.end]
@@ -383,14 +390,8 @@ class Engine:
         if not chunk.first:
             return
         self.lines.begin(request, place)
-        params, vocab = request.sampling, self.config.vocab_size
-        if params.penalised or params.logit_bias:
-            seen = np.bincount(request.tokens, minlength=vocab).astype(np.int32)
-            seen[np.unique(np.asarray(request.prompt))] += IN_PROMPT
-            bias = np.zeros(vocab, np.float32)
-            for token, by in params.logit_bias:
-                bias[token] += by
-            self.device.begin(place.slot, seen, bias)
+        if request.sampling.penalised or request.sampling.logit_bias:
+            self.device.begin(place.slot, *first_tables(request, self.config.vocab_size))
 
     def _constrain(self, requests: Sequence[Request]) -> None:
         """Tells the device what these may draw next."""

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, UInt32
 
+from serve.request import Request
 from serve.rows import ALLOWED, BIAS, Rows
 from serve.sampling_params import MAX_TOP_LOGPROBS
 
@@ -40,6 +42,16 @@ def empty_tables(slots: int, vocab: int) -> Tables:
         jnp.zeros((slots, vocab), jnp.float32),
         jnp.zeros((slots, words), jnp.uint32),
     )
+
+
+def first_tables(request: Request, vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    """`seen` and `bias` of a request that has just got its slot."""
+    seen_V = np.bincount(request.tokens, minlength=vocab).astype(np.int32)
+    seen_V[np.unique(np.asarray(request.prompt))] += IN_PROMPT
+    bias_V = np.zeros(vocab, np.float32)
+    for token, by in request.sampling.logit_bias:
+        bias_V[token] += by
+    return seen_V, bias_V
 
 
 def adjust(logits_RV: Float[Array, "R V"], rows: Rows, tables: Tables) -> Float[Array, "R V"]:

@@ -30,12 +30,13 @@ def free_memory() -> int:
 
 @dataclass(frozen=True)
 class Room:
-    """What a model keeps of prompts and replies. page: positions of one."""
+    """What a model keeps of prompts and replies. page: positions of one. drafts: its own block makes guesses."""
 
     config: ModelConfig
     dtype: jnp.dtype
     page: int
     kv_type: KVType
+    drafts: bool = False
 
     @functools.cached_property
     def page_bytes(self) -> int:
@@ -50,6 +51,7 @@ class Room:
     def _bytes(self, *, linear: bool) -> int:
         config = self.config
         own = [i for i in range(config.num_layers) if (config.attention_kind(i) == "linear") == linear]
+        own += [config.mtp_layer] if self.drafts and not linear else []
         slots, pages = (1, 0) if linear else (0, 1)
         layers = jax.eval_shape(
             lambda: [empty_layer(config, layer, slots, pages, self.page, self.dtype, self.kv_type) for layer in own]

@@ -29,6 +29,8 @@ ROW = np.dtype(
         ("min_tokens", "i4"),
         ("top_logprobs", "i4"),
         ("special", "i4"),  # which of the tables below concern it
+        ("following", "i4"),  # the token after those that this step reads, where there is more of the prompt to come
+        ("room", "i4"),  # positions that the row has pages for
         ("adapter", "i4"),  # which of the model's adapters it has; 0: none
         ("top_k", "i4"),
         ("temperature", "f4"),
@@ -81,10 +83,11 @@ class Lines:
         fill(self._lines_S[place.slot], request)
         self.restricted_S[place.slot] = False
 
-    def put(self, place: Place, *, length: int, count: int, step: int, keep: bool) -> None:
+    def put(self, place: Place, *, length: int, count: int, step: int, keep: bool, following: int = 0) -> None:
         """What the next step does with a slot."""
         line = self._lines_S[place.slot]
         line["slot"], line["length"], line["count"], line["step"], line["keep"] = place.slot, length, count, step, keep
+        line["following"], line["room"] = following, len(place.pages) * self._limits.page
         self._tables_SX[place.slot, : len(place.pages)] = place.pages
 
     def words(self, slots: Sequence[int], rows: int, *, in_place: bool) -> tuple[list[int], np.ndarray]:
@@ -118,6 +121,8 @@ class Rows:
     min_tokens_R: Int[Array, " R"]
     top_logprobs_R: Int[Array, " R"]
     special_R: Int[Array, " R"]
+    following_R: Int[Array, " R"]
+    room_R: Int[Array, " R"]
     adapter_R: Int[Array, " R"]
     presence_R: Float[Array, " R"]
     frequency_R: Float[Array, " R"]

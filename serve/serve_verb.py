@@ -115,7 +115,8 @@ def _parser() -> Parser:
         "guesses",
         int,
         0,
-        "tokens that a step may guess from what came before; faster where replies repeat their prompt",
+        "tokens that a step may guess, with the model's block for multi-token prediction where it has one, "
+        "or else from what came before: faster where replies repeat their prompt",
     )
     add("queue", int, 256, "requests that may wait; further ones get 429")
     add("timeout", float, 600.0, "seconds that a request may take", "SECONDS")

@@ -14,10 +14,11 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
 from model.adapters import Adapters
-from model.cache import Cache, KVType, empty_layer, lay_out, layer_axes
+from model.cache import Cache, KVType, Stored, empty_layer, lay_out, layer_axes
 from model.config import ModelConfig
 from model.forward import Output, continuation, forward, unembed
 from model.transformer import Transformer
+from serve.drafts import Drafts, draft, empty_drafts
 from serve.logits import Tables, adjust, empty_tables, most_likely
 from serve.rows import Rows, unpack_rows
 from serve.sampling import sample
@@ -32,21 +33,29 @@ class State:
     """What the device keeps between steps.
 
     layers: as in `Cache`: pages, and what linear layers remember of each slot. last_S: the last token of each slot,
-    which the host reads a step later. tables: see there.
+    which the host reads a step later. tables: see there. drafts: where the model's own block makes guesses.
     """
 
     layers: tuple[tuple[Array, ...], ...]
     last_S: Int[Array, " S"]
     tables: Tables
+    drafts: Drafts | None = None
 
 
 def empty_state(
-    config: ModelConfig, slots: int, pages: int, page: int, dtype: jnp.dtype, kv_type: KVType = "same"
+    config: ModelConfig,
+    slots: int,
+    pages: int,
+    page: int,
+    dtype: jnp.dtype,
+    kv_type: KVType = "same",
+    drafts: int = 0,
 ) -> State:
-    """Nothing yet, in `slots` slots and `pages` pages of all devices together."""
+    """Nothing yet, in `slots` slots and `pages` pages of all devices together; `drafts`: guesses for each slot."""
     sizes = slots, pages, page, dtype, kv_type
     layers = tuple(empty_layer(config, layer, *sizes) for layer in range(config.num_layers))
-    return laid_out(config, State(layers, jnp.zeros(slots, jnp.int32), empty_tables(slots, config.vocab_size)))
+    tables, guesses = empty_tables(slots, config.vocab_size), empty_drafts(config, *sizes, drafts)
+    return laid_out(config, State(layers, jnp.zeros(slots, jnp.int32), tables, guesses))
 
 
 def abstract_state(
@@ -57,6 +66,7 @@ def abstract_state(
     dtype: jnp.dtype,
     mesh: jax.sharding.Mesh | None,
     kv_type: KVType = "same",
+    drafts: int = 0,
 ) -> State:
     """Shapes, types and layout of `empty_state`; allocates nothing."""
 
@@ -64,19 +74,25 @@ def abstract_state(
         layout = None if mesh is None else NamedSharding(mesh, spec(axes or (None,) * x.ndim, ACTIVATIONS))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
 
-    state = jax.eval_shape(partial(empty_state, config, slots, pages, page, dtype, kv_type))
-    layers: Any = tuple(
-        tuple(lay(x, *axes) for x, axes in zip(arrays, layer_axes(config, layer, len(arrays)), strict=True))
-        for layer, arrays in enumerate(state.layers)
-    )
-    last_S, tables = jax.tree.map(lay, (state.last_S, state.tables))
-    return State(layers, last_S, tables)
+    def lay_layer(layer: int, arrays: Stored) -> Any:
+        return tuple(lay(x, *axes) for x, axes in zip(arrays, layer_axes(config, layer, len(arrays)), strict=True))
+
+    state = jax.eval_shape(partial(empty_state, config, slots, pages, page, dtype, kv_type, drafts))
+    layers: Any = tuple(lay_layer(layer, arrays) for layer, arrays in enumerate(state.layers))
+    last_S, tables, own = jax.tree.map(lay, (state.last_S, state.tables, state.drafts))
+    if own is not None:
+        own = replace(own, stored=lay_layer(config.mtp_layer, own.stored))
+    return State(layers, last_S, tables, own)
 
 
 def laid_out(config: ModelConfig, state: State) -> State:
     """`state` spread over the mesh in force in the same way after every step, so that it can be donated."""
-    tables = jax.tree.map(lambda x: constrain(x, None, None), state.tables)
-    return State(lay_out(config, state.layers), constrain(state.last_S, None), tables)
+    tables, drafts = jax.tree.map(lambda x: constrain(x, None, None), state.tables), state.drafts
+    if drafts is not None:
+        axes = layer_axes(config, config.mtp_layer, len(drafts.stored))
+        stored = tuple(constrain(x, *own) for x, own in zip(drafts.stored, axes, strict=True))
+        drafts = Drafts(stored, constrain(drafts.token_SG, None, None))
+    return State(lay_out(config, state.layers), constrain(state.last_S, None), tables, drafts)
 
 
 def step(
@@ -117,8 +133,14 @@ def step(
     token_R = constrain(token_R, None)
     kept_R = jnp.where((rows.keep_R > 0) & (rows.count_R > 0), rows.slot_R, NOBODY)
     tables = replace(state.tables, seen_SV=state.tables.seen_SV.at[kept_R, token_R].add(1, mode="drop"))
-    last_S = state.last_S.at[kept_R].set(token_R, mode="drop")
-    state = laid_out(model.config, State(remembered(result), last_S, tables))
+    last_S, drafts = state.last_S.at[kept_R].set(token_R, mode="drop"), state.drafts
+    if drafts is not None:
+        following_R = jnp.where(rows.keep_R > 0, token_R, rows.following_R)[:, None]
+        is_end_RT = jnp.arange(tokens_RT.shape[1]) == end_R[:, None]
+        following_RT = jnp.where(is_end_RT, following_R, jnp.roll(tokens_RT, -1, axis=1))
+        read_RT = result.hidden_BTD, following_RT, rows.count_R, jnp.ones_like(end_R), kept_R
+        drafts = draft(model, drafts, rows, *read_RT, page=page, vocab_limit=vocab_limit)
+    state = laid_out(model.config, State(remembered(result), last_S, tables, drafts))
     return state, (constrain(output_RY, None, None), chosen_experts(result) if record else None)
 
 
@@ -131,8 +153,9 @@ def read(
     *,
     page: int,
     shards: int,
+    undecided: bool = False,
 ) -> Output:
-    """The forward pass of the first `count` tokens of each row."""
+    """The forward pass of the first `count` tokens of each row; `undecided`: see `Cache`."""
 
     def lay(x: Array) -> Array:
         return constrain(x, "batch", *[None] * (x.ndim - 1))
@@ -140,7 +163,7 @@ def read(
     slots, (count, length) = len(state.last_S), tokens_RT.shape
     in_place = count == slots and length == 1
     own_R = None if in_place else lay(rows.slot_R % (slots // shards))
-    cache = Cache(state.layers, lay(rows.length_R), lay(rows.table_RX), page, slots_B=own_R)
+    cache = Cache(state.layers, lay(rows.length_R), lay(rows.table_RX), page, slots_B=own_R, undecided=undecided)
     valid_RT = jnp.arange(length) < count_R[:, None]
     return forward(model, continuation(lay(tokens_RT), cache.lengths_B, lay(valid_RT)), cache)
 

@@ -161,7 +161,7 @@ def test_slots_keep_what_rows_leave() -> None:
     held = cache.Cache((), jnp.asarray([2, 0, 1], jnp.int32), jnp.zeros((3, 1), jnp.int32), 4, slots_B=slots)
     paging = cache.make_paging(held, jnp.asarray([[1], [1], [0]]))
     taken = cache.take_slots(stored, paging)
-    left = cache.put_slots(stored, tuple(x * 0 - 1 for x in taken), paging)
+    left = cache.put_slots(stored, tuple(x * 0 - 1 for x in taken), slots, paging.reach_B > held.lengths_B)
     for x, rows, after in zip(stored, taken, left, strict=True):
         np.testing.assert_array_equal(rows, np.stack([x[3], x[0] * 0, x[4]]))
         np.testing.assert_array_equal(after, np.stack([x[0] * 0 - 1, x[1], x[2], x[3] * 0 - 1, x[4]]))

@@ -6,12 +6,14 @@ import random
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from errors import UserError
+from model.forward import Batch, forward, predict_further, unembed
 from model.transformer import Transformer
 from serve.engine import Engine
 from serve.lookup import LONGEST, SHORTEST, Lookup
@@ -69,6 +71,59 @@ def test_replies_are_those_without_guesses(kind: str, monkeypatch: pytest.Monkey
     again = [prompt for prompt in again if len(prompt) < 60]
     same(engine.generate(again, replace(GREEDY, max_tokens=3)), plain.generate(again, replace(GREEDY, max_tokens=3)))
     assert engine.scheduler.pools[0].held == 0 and not engine.scheduler.busy
+
+
+def with_block(kind: str, *, sees_through: bool = False) -> Transformer:
+    """A model with a block for multi-token prediction; one that sees through looks at the next token alone."""
+    config = replace(MODELS[kind], mtp_layers=1, max_positions=256)
+    config = replace(config, attention_pattern=(*config.attention_pattern[:-1], "full"))
+    model = jax.jit(lambda: Transformer(config, jax.random.key(2), stacked=False))()
+    if sees_through:
+        assert model.mtp is not None
+        size = config.hidden_size
+        model.mtp.join_XD[...] = jnp.concatenate([jnp.eye(size), jnp.zeros((size, size))])
+    return model
+
+
+@pytest.mark.parametrize("kind", ["hybrid", *FULL])
+def test_the_models_own_block_guesses(kind: str) -> None:
+    """Right or wrong, guesses change nothing; one that sees what the model sees is more often right."""
+    shares = []
+    for sees_through in (False, True):
+        model = with_block(kind, sees_through=sees_through)
+        wanted = Engine(model, Words(), slots=4).generate(PROMPTS, ASKED)
+        engine = Engine(model, Words(), slots=4, guesses=3)
+        for _ in range(2):  # the second time prompts begin with pages that are there
+            same(engine.generate(PROMPTS, ASKED), wanted)
+        shares.append(engine.guesses_kept / engine.guesses_made)
+    assert shares[0] < shares[1] < 1
+
+
+@pytest.mark.parametrize("kind", ["moe", pytest.param("hybrid", marks=pytest.mark.full)])
+def test_a_guess_is_what_the_block_predicts_of_the_whole_text(kind: str) -> None:
+    """With prompts that are read in pieces, and with guesses that came true and others between."""
+    model = with_block(kind, sees_through=True)
+    engine = Engine(model, Words(), slots=2, guesses=2)
+    prompt = np.random.RandomState(0).randint(2, 64, 90).tolist()
+    engine.generate([prompt[:70]], GREEDY)
+    request = engine.request(prompt, replace(GREEDY, max_tokens=60))
+    engine.submit(request)
+    found: list[tuple[int, int]] = []  # tokens that were known, and the first guess of what comes then
+    guess = None
+    while request.finish_reason is None:
+        slot, known = request.place and request.place.slot, len(request.tokens)
+        engine.step()
+        if guess is not None and len(request.tokens) > known:
+            found.append((len(request.tokens), guess))
+        assert engine.device.state.drafts is not None
+        guess = None if slot is None else int(engine.device.state.drafts.token_SG[slot, 0])
+    assert request.cached_tokens == 64 and 0 < engine.guesses_kept < engine.guesses_made
+    tokens = jnp.asarray([[*prompt, *request.tokens]])
+    batch = Batch(tokens, jnp.arange(tokens.size)[None], jnp.ones_like(tokens))
+    further_BTD, _ = predict_further(model, batch, forward(model, batch).hidden_BTD)
+    wanted = np.argmax(unembed(model, further_BTD[0]), axis=-1)
+    assert len(found) > 10
+    assert [wanted[len(prompt) + known - 2] for known, _ in found] == [guess for _, guess in found]
 
 
 def test_as_many_guesses_as_one_likes_but_no_fewer_than_none() -> None:
