@@ -66,6 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="interpreter with torch and transformers (default: QMAX_PEER_PYTHON; without one, no peer)",
     )
     parser.add_argument("--maxtext-python", default="", help="interpreter with MaxText")
+    parser.add_argument("--llama-bin", default="", metavar="DIR", help="where llama.cpp's programs are (default: PATH)")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
     parser.add_argument("--markdown", metavar="FILE", help="write the report")
     parser.add_argument("--html", metavar="FILE", help="write a page of plots")

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bench import peer_maxtext
+from bench import peer_llama, peer_maxtext
 from bench.shapes import Shape
 from bench.timing import Observer
 from sharding.runtime import with_huge_pages
@@ -104,6 +104,24 @@ def run_hugging_face(python: str, job: dict[str, Any]) -> dict[str, Any]:
     """
     # The folder of the script stays off the path: its modules could be taken for somebody else's.
     return run_job([python, str(ROOT / "bench" / "peer_hf.py")], job, {"PYTHONSAFEPATH": "1"})
+
+
+def run_llama(folder: Path, model: Path, shape: Shape, rows: int, repeats: int) -> dict[str, Any]:
+    """llama.cpp decoding so many rows, or with 0 reading a prompt; each time in a process of its own.
+
+    Raises:
+        MeasurementError: it gave no result.
+    """
+    rates, noise = [], []
+    for _ in range(repeats):
+        begin = time.monotonic()
+        lines, observer = run_child(peer_llama.command(folder, model, shape, rows), {})
+        noise.append(observer.other_cpu([(begin, time.monotonic())]))
+        try:
+            rates.append(peer_llama.read(lines, rows))
+        except ValueError as exc:
+            raise MeasurementError(str(exc)) from exc
+    return {"rates": rates, "other_cpu": max((one for one in noise if one is not None), default=None)}
 
 
 def run_maxtext(python: str, base: str, shape: Shape, capacity: str, repeats: int) -> dict[str, Any]:

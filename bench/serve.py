@@ -149,8 +149,9 @@ class Serving:
         job = {"model": self.bench.model(shape), "tokens": TOKENS, "rows": rows, "prompt": PROMPT}
         found, _ = self.rounds("http", **job)
         self.add(f"{rows} streams", shape, "tokens/s", found["http"], "the engine alone", found["engine"])
-        host = [seconds * 1e3 for seconds in found["server"]]
-        self.add(f"scheduler and HTTP, a step of {rows}", shape, "ms of the host", host, less=True)
+        added, host = ([seconds * 1e3 for seconds in found[name]] for name in ("added", "server"))
+        self.add(f"scheduler and HTTP, added to a step of {rows}", shape, "ms", added, less=True)
+        self.add(f"processor of scheduler and HTTP, a step of {rows}", shape, "ms of the host", host, less=True)
 
     def int8(self, shape: str) -> None:
         """Weights in 8 bits beside float32."""

@@ -1,7 +1,7 @@
 """The server beside its own engine: the same requests as streams over HTTP, and without it; what the host needs alone.
 
 `python -m bench.serving_http ARGUMENTS` is `qmax serve ARGUMENTS` on a device that takes a fixed time and does nothing,
-so that the processor's time is the server's own.
+so that the processor's time is the server's own; and so is what a step takes longer than that time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sharding.runtime import with_huge_pages
 ROOT = Path(__file__).resolve().parent.parent
 
 PAUSE = 0.02
-"""Seconds of a step of the device that does nothing."""
+"""Seconds of a step of the device that does nothing; like any device it begins one when the one before has ended."""
 
 
 @contextmanager
@@ -82,7 +82,8 @@ async def crowd(address: str, prompts: Sequence[Sequence[int]], tokens: int) -> 
 
 def http(model: str, repeats: int, tokens: int, rows: int, prompt: int) -> Result:
     """Tokens per second of `rows` replies at the same time, from sending to the last end: of `qmax serve`, and of the
-    engine alone; and processor seconds of a step of the server where the device takes none."""
+    engine alone. On a device that takes no processor: processor seconds of a step of the server (`server`), and seconds
+    that a step takes longer than the device needs (`added`)."""
     from model.load import load_model
 
     weights, tokenizer = load_model(model)
@@ -90,7 +91,7 @@ def http(model: str, repeats: int, tokens: int, rows: int, prompt: int) -> Resul
     engine.warm_up()
     prompts = np.random.default_rng(0).integers(FIRST_TOKEN, tokenizer.vocab_size, (rows, prompt)).tolist()
     sampling = SamplingParams(max_tokens=tokens, stop_ids=(), seed=0).variants(rows)
-    samples: dict[str, list[float]] = {"http": [], "engine": [], "server": []}
+    samples: dict[str, list[float]] = {"http": [], "engine": [], "server": [], "added": []}
     with server([sys.executable, "qmax.py"], model, rows) as (pid, address):
         settle(pid)
         for turn in range(repeats + 1):
@@ -105,9 +106,12 @@ def http(model: str, repeats: int, tokens: int, rows: int, prompt: int) -> Resul
     with server([sys.executable, "-m", "bench.serving_http"], model, rows) as (pid, address):
         for turn in range(repeats + 1):
             before = processor_seconds(pid)
-            _, count = asyncio.run(crowd(address, prompts, tokens))
+            short, count = asyncio.run(crowd(address, prompts, tokens))
+            used = processor_seconds(pid) - before
+            long, _ = asyncio.run(crowd(address, prompts, 2 * tokens))
             if turn:
-                samples["server"].append((processor_seconds(pid) - before) * rows / count)
+                samples["server"].append(used * rows / count)
+                samples["added"].append((long - short) / tokens - PAUSE)
     return {"samples": samples}
 
 
@@ -133,8 +137,11 @@ def hollow(argv: list[str]) -> int:
     from serve.device import Device
 
     class Drawn:
+        free_at = 0.0
+
         def __init__(self, words: np.ndarray):
-            self._words, self._ready = words, time.monotonic() + PAUSE
+            self._words, self._ready = words, max(time.monotonic(), Drawn.free_at) + PAUSE
+            Drawn.free_at = self._ready
 
         def copy_to_host_async(self) -> None:
             pass

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from bench import layers, peer_maxtext, table
+from bench import layers, peer_llama, peer_maxtext, table
 from bench.context import TRANSFORMERS, Bench, hugging_face_config, say
-from bench.processes import MeasurementError, run_maxtext
+from bench.processes import MeasurementError, run_llama, run_maxtext
 from bench.shapes import SHAPES, Shape
 
 WHAT = ("train", "decode", "prefill", "loss", "experts", "attention", "delta", "load")
@@ -44,6 +45,9 @@ class Speed:
         self.parts: dict[str, dict[str, Any]] = {}
         self.loss: Rounds = []
         self.layers: Rounds = []
+        self.llama = peer_llama.find(self.options.llama_bin)
+        if self.llama is None and {"decode", "prefill"}.intersection(self.options.what):
+            bench.notes.append(f"llama.cpp: no {' and '.join(peer_llama.PROGRAMS)} (--llama-bin, or in the path)")
         self.maxtext, self.maxtext_base = self.options.maxtext_python, ""
         if self.maxtext and "train" in self.options.what:
             try:
@@ -105,7 +109,7 @@ class Speed:
         ours["devices"] = devices
         job = {"what": "decode", "experts": EXPERT_PATHS, "rows": rows, "prompt": shape.prompt, "new": shape.new}
         name = f"decode {rows}"
-        peers = self.peer(name, shape, job)
+        peers = self.peer(name, shape, job, rows)
         label = name + (f", tensor={devices}" if devices > 1 else "")
         self.by_turns(label, shape, ours, peers, shape.decode_bound(rows, self.bench.bounds), devices)
 
@@ -114,7 +118,7 @@ class Speed:
         ours = {"what": "prefill", "shape": shape.name, "repeats": self.options.repeats}
         job = {"what": "prefill", "experts": EXPERT_PATHS, "tokens": shape.prefill}
         bound = shape.prefill_bound(self.bench.bounds)
-        self.by_turns("prefill", shape, ours, self.peer("prefill", shape, job), bound)
+        self.by_turns("prefill", shape, ours, self.peer("prefill", shape, job, 0), bound)
 
     def head(self, width: int) -> None:
         """The loss at a large vocabulary, beside one that has all logits at once."""
@@ -159,10 +163,23 @@ class Speed:
                 | {"peer": peer, "theirs": theirs, "required": required}
             )
 
-    def peer(self, what: str, shape: Shape, job: dict[str, Any]) -> dict[str, Any]:
-        """Transformers as the one peer, if it is here."""
+    def peer(self, what: str, shape: Shape, job: dict[str, Any], rows: int) -> dict[str, Any]:
+        """Transformers and llama.cpp, as far as they are here; `rows` that are decoded, or 0."""
         call = partial(self.transformers, shape, job)
-        return {TRANSFORMERS: (call, REQUIRED.get((what, shape.name)))} if self.options.peer_python else {}
+        found: dict[str, Any] = {}
+        if self.options.peer_python:
+            found[TRANSFORMERS] = (call, REQUIRED.get((what, shape.name)))
+        for name in peer_llama.KINDS if self.llama else ():
+            found[name] = (partial(self.with_llama, name, shape, rows), None)
+        return found
+
+    def with_llama(self, name: str, shape: Shape, rows: int) -> dict[str, Any]:
+        """One measurement of llama.cpp, with matrices of one type."""
+        assert self.llama is not None
+        path = Path(self.bench.folder) / f"{shape.name}-{name.rpartition(' ')[2]}.gguf"
+        if not path.exists():
+            peer_llama.write(shape, path, name)
+        return run_llama(self.llama, path, shape, rows, self.options.repeats)
 
     def transformers(self, shape: Shape, job: dict[str, Any]) -> dict[str, Any]:
         """One measurement of transformers."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bench import __main__ as bench
-from bench import ours, peer_maxtext, table, timing
+from bench import ours, peer_llama, peer_maxtext, table, timing
 from bench.parts import parts
-from bench.processes import MeasurementError, run_job
+from bench.processes import MeasurementError, run_job, run_llama
 from bench.shapes import BYTES, SHAPES, TOY, Limits
+from model.load import open_model
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +100,28 @@ def test_a_child_gives_its_last_line_or_a_reason() -> None:
         run_job([*command, "raise SystemExit('no room')"], {}, {})
     with pytest.raises(MeasurementError, match="does not run"):
         run_job(["/nowhere/python"], {}, {})
+
+
+def test_llama_cpp_is_given_our_shape_and_understood(tmp_path: Path) -> None:
+    """What it is given is what our own reader finds in the file."""
+    peer_llama.write(TOY, tmp_path / "toy.gguf", "llama.cpp F32")
+    found = open_model(tmp_path / "toy.gguf").config
+    for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "qk_norm"):
+        assert getattr(found, name) == getattr(TOY.model, name), name
+    assert found.moe == TOY.model.moe
+    stored = {name: array for name, array, _ in peer_llama.tensors(SHAPES["T"], peer_llama.KINDS["llama.cpp Q8_0"])}
+    expert = stored["blk.3.ffn_down_exps.weight"]
+    assert (expert.dtype, expert.size) == (np.uint8, SHAPES["T"].model.moe.num_experts * 256 * 256 // 32 * 34)
+    assert peer_llama.find(str(tmp_path)) is None
+    for name in peer_llama.PROGRAMS:
+        (tmp_path / name).write_text('#!/bin/sh\necho \'{"speed_tg": 81.5, "avg_ts": 900.25}\'\n')
+        (tmp_path / name).chmod(0o755)
+    folder = peer_llama.find(str(tmp_path))
+    assert folder == tmp_path
+    assert run_llama(folder, tmp_path / "toy.gguf", TOY, 1, 2)["rates"] == [81.5, 81.5]
+    assert run_llama(folder, tmp_path / "toy.gguf", TOY, 0, 1)["rates"] == [900.25]
+    with pytest.raises(ValueError, match="no speed_tg in what it printed"):
+        peer_llama.read([(0.0, "a reason")], 1)
 
 
 def test_the_log_of_maxtext_is_read() -> None:

@@ -19,6 +19,7 @@ from serve.engine import Engine
 from serve.lookup import LONGEST, SHORTEST, Lookup
 from serve.request import Completion
 from serve.sampling_params import SamplingParams
+from sharding.mesh import MeshConfig, make_mesh
 from tests.test_lora import MODELS
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, stop_ids=())
@@ -124,6 +125,17 @@ def test_a_guess_is_what_the_block_predicts_of_the_whole_text(kind: str) -> None
     wanted = np.argmax(unembed(model, further_BTD[0]), axis=-1)
     assert len(found) > 10
     assert [wanted[len(prompt) + known - 2] for known, _ in found] == [guess for _, guess in found]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["moe", "hybrid"])
+def test_guesses_on_a_mesh(kind: str) -> None:
+    """Replies are those of one device without guesses."""
+    model = with_block(kind, sees_through=True)
+    wanted = Engine(model, Words(), slots=4).generate(PROMPTS, ASKED)
+    engine = Engine(model, Words(), slots=4, guesses=2, mesh=make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2)))
+    same(engine.generate(PROMPTS, ASKED), wanted)
+    assert engine.guesses_kept > 0
 
 
 def test_as_many_guesses_as_one_likes_but_no_fewer_than_none() -> None:
