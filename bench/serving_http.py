@@ -33,6 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAUSE = 0.02
 """Seconds of a step of the device that does nothing; like any device it begins one when the one before has ended."""
 
+LONGER = 6
+"""Times as many tokens, so that how replies begin does not count beside how they go on."""
+
 
 @contextmanager
 def server(words: Sequence[str], model: str, slots: int) -> Iterator[tuple[int, str]]:
@@ -108,10 +111,10 @@ def http(model: str, repeats: int, tokens: int, rows: int, prompt: int) -> Resul
             before = processor_seconds(pid)
             short, count = asyncio.run(crowd(address, prompts, tokens))
             used = processor_seconds(pid) - before
-            long, _ = asyncio.run(crowd(address, prompts, 2 * tokens))
+            long, _ = asyncio.run(crowd(address, prompts, LONGER * tokens))
             if turn:
                 samples["server"].append(used * rows / count)
-                samples["added"].append((long - short) / tokens - PAUSE)
+                samples["added"].append((long - short) / ((LONGER - 1) * tokens) - PAUSE)
     return {"samples": samples}
 
 

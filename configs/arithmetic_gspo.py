@@ -34,6 +34,6 @@ def run() -> Run:
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=5, beta2=0.98, schedule="cosine", weight_decay=0.0),
         checkpoint=CheckpointConfig(every=20),
-        steps=140,
+        steps=200,
         validate_every=10,
     )
