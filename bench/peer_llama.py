@@ -24,6 +24,9 @@ KINDS = {
 
 THREADS = 2
 
+TRIES = 8
+"""The log with the result is written by a thread, before whose turn llama-batched-bench often ends."""
+
 
 def find(folder: str) -> Path | None:
     """Where the programs are: in `folder`, or in the path if that is empty; None where one is missing."""
@@ -87,9 +90,10 @@ def write(shape: Shape, path: Path, peer: str) -> None:
 
 def command(folder: Path, model: Path, shape: Shape, rows: int) -> list[str]:
     """What measures the decoding of so many rows, or with 0 the reading of a prompt."""
-    words = ["-m", model, "-t", THREADS, "-ctk", "f32", "-ctv", "f32"]
-    if not rows:
-        words = [folder / PROGRAMS[0], *words, "-p", shape.prefill, "-n", 0, "-r", 1, "-o", "json"]
+    words = ["-m", model, "-t", THREADS]
+    if rows < 2:
+        asked = ["-p", 0, "-n", shape.new, "-d", shape.prompt] if rows else ["-p", shape.prefill, "-n", 0]
+        words = [folder / PROGRAMS[0], *words, *asked, "-r", 1, "-o", "json"]
     else:
         room = rows * (shape.prompt + shape.new)
         words = [folder / PROGRAMS[1], *words, "-tb", THREADS, "-c", room, "-npp", shape.prompt, "-ntg", shape.new]
@@ -104,7 +108,7 @@ def read(lines: Sequence[tuple[float, str]], rows: int) -> float:
         ValueError: they do not say.
     """
     text = "\n".join(line for _, line in lines)
-    name = "speed_tg" if rows else "avg_ts"
+    name = "avg_ts" if rows < 2 else "speed_tg"
     found = re.search(rf'"{name}": *([\d.]+)', text)
     if found is None:
         raise ValueError(f"no {name} in what it printed: {json.dumps(text[-200:])}")

@@ -112,15 +112,18 @@ def run_llama(folder: Path, model: Path, shape: Shape, rows: int, repeats: int) 
     Raises:
         MeasurementError: it gave no result.
     """
-    rates, noise = [], []
-    for _ in range(repeats):
+    rates, noise, failed = [], [], 0
+    while len(rates) < repeats:
         begin = time.monotonic()
         lines, observer = run_child(peer_llama.command(folder, model, shape, rows), {})
-        noise.append(observer.other_cpu([(begin, time.monotonic())]))
         try:
             rates.append(peer_llama.read(lines, rows))
         except ValueError as exc:
-            raise MeasurementError(str(exc)) from exc
+            failed += 1
+            if failed == peer_llama.TRIES:
+                raise MeasurementError(str(exc)) from exc
+        else:
+            noise.append(observer.other_cpu([(begin, time.monotonic())]))
     return {"rates": rates, "other_cpu": max((one for one in noise if one is not None), default=None)}
 
 

@@ -117,11 +117,15 @@ def test_llama_cpp_is_given_our_shape_and_understood(tmp_path: Path) -> None:
         (tmp_path / name).write_text('#!/bin/sh\necho \'{"speed_tg": 81.5, "avg_ts": 900.25}\'\n')
         (tmp_path / name).chmod(0o755)
     folder = peer_llama.find(str(tmp_path))
-    assert folder == tmp_path
-    assert run_llama(folder, tmp_path / "toy.gguf", TOY, 1, 2)["rates"] == [81.5, 81.5]
-    assert run_llama(folder, tmp_path / "toy.gguf", TOY, 0, 1)["rates"] == [900.25]
+    assert folder is not None and folder == tmp_path
+    assert run_llama(folder, tmp_path / "toy.gguf", TOY, 16, 2)["rates"] == [81.5, 81.5]
+    assert (
+        run_llama(folder, tmp_path / "toy.gguf", TOY, 0, 1)["rates"]
+        == [900.25]
+        == run_llama(folder, tmp_path / "x", TOY, 1, 1)["rates"]
+    )
     with pytest.raises(ValueError, match="no speed_tg in what it printed"):
-        peer_llama.read([(0.0, "a reason")], 1)
+        peer_llama.read([(0.0, "a reason")], 2)
 
 
 def test_the_log_of_maxtext_is_read() -> None:

@@ -70,7 +70,7 @@ def test_the_report_has_a_row_for_everything(model: str, tmp_path: Path, monkeyp
         "arrivals": {"rate": [10.0], "latency": [0.5]},
         "prefix": {"first": [0.3], "second": [0.1]},
         "reward": {"draws": [8.0], "draws alone": [10.0], "update": [2.0], "sft": [1.0], "handover share": [0.01]},
-        "http": {"http": [5.0], "engine": [10.0], "server": [0.002]},
+        "http": {"http": [5.0], "engine": [10.0], "server": [0.002], "added": [0.002]},
         "int8": {"int8 bytes": [25.0], "same bytes": [100.0]}
         | {f"{kind} {rows}": [1.0] for kind in ("int8", "same") for rows in (1, 16)},
     }

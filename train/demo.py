@@ -103,7 +103,10 @@ def align(out: Path, *, fast: bool) -> dict[str, Any]:
     wrong, gspo = arithmetic.run(), replace(arithmetic_gspo.run(), init_from=str(out / "arithmetic"))
     if fast:
         dpo = replace(dpo, steps=dpo.steps // 2)
-        wrong, gspo = replace(wrong, steps=2 * wrong.steps // 5, validate_every=0), replace(gspo, steps=gspo.steps // 10)
+        wrong, gspo = (
+            replace(wrong, steps=2 * wrong.steps // 5, validate_every=0),
+            replace(gspo, steps=gspo.steps // 10),
+        )
     tell(f"\n6. Preferences (DPO): {dpo.steps} steps on pairs of replies, one more polite than the other")
     records = train_stage(dpo, out / "dpo")
     found = [record["validation_accuracy"] for record in records if "validation_accuracy" in record]
