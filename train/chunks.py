@@ -18,15 +18,20 @@ would take as long as the products.
 """
 
 
-def chunk_length(batch: int, length: int, vocab: int) -> int:
+def chunk_length(batch: int, length: int, vocab: int, summed: int = 0) -> int:
     """Positions per chunk: a divisor of `length` that keeps a chunk's logits small; of many a sixteenth of all.
 
     For accelerators half of them.
+
+    Args:
+        summed: elements of what each chunk adds to, such as the gradient of the head. On a CPU a chunk of twice as many
+            logits is enough; smaller ones lie in its caches, larger ones only in memory.
     """
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.manual_axes else max(1, mesh.size)
     share, largest = (16, LARGE_CHUNK) if platform() == "cpu" else (2, 5 * LARGE_CHUNK)
-    wanted = min(max(SMALL_CHUNK, batch * length * vocab // devices // share), largest) * devices
+    small = min(SMALL_CHUNK, max(2 * summed, SMALL_CHUNK // 8)) if summed and platform() == "cpu" else SMALL_CHUNK
+    wanted = min(max(small, batch * length * vocab // devices // share), largest) * devices
     most = max(1, wanted // (batch * vocab))
     return max(size for size in range(1, min(most, length) + 1) if length % size == 0)
 

@@ -120,7 +120,7 @@ def _own_cross_entropy(
     """`_cross_entropy` of one device's tokens, with its part of the vocabulary, which is cut over the axes `parts`."""
     batch, length, width = hidden_BTD.shape
     vocab = head_DV.shape[1]
-    size = chunk_length(batch, length, vocab)
+    size = chunk_length(batch, length, vocab, head_DV.size if gradients else 0)
     chunks = length // size
     head_DV = head_DV.astype(hidden_BTD.dtype)
 
