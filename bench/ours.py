@@ -134,7 +134,8 @@ class Server:
         self.prompts = draw.integers(FIRST_TOKEN, shape.model.vocab_size, (rows, length)).tolist()
 
     def generate(self, tokens: int) -> None:
-        """Greedy replies of exactly `tokens` tokens to all prompts."""
+        """Greedy replies of exactly `tokens` tokens to all prompts, which are read anew."""
+        self.engine.forget()
         sampling = SamplingParams(temperature=0.0, max_tokens=tokens, stop_ids=())
         replies = self.engine.generate(self.prompts, sampling)
         assert all(len(reply.tokens) == tokens for reply in replies)
