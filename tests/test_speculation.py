@@ -86,7 +86,10 @@ def with_block(kind: str, *, sees_through: bool = False) -> Transformer:
     return model
 
 
-@pytest.mark.parametrize("kind", ["hybrid", *FULL])
+BLOCKS = ["dense", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("moe", "latent", "hybrid"))]
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
 def test_the_models_own_block_guesses(kind: str) -> None:
     """Right or wrong, guesses change nothing; one that sees what the model sees is more often right."""
     shares = []
