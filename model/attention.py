@@ -23,7 +23,7 @@ from sharding.rules import constrain, on_own_parts
 QUERY_BLOCK = 512
 """Queries attended at a time: scores of longer sequences are never all in memory."""
 
-SECTIONS, SMALLEST_SECTION = 8, 128
+SECTIONS, SMALLEST_SECTION = 8, 64
 """Most parts that causal queries are cut into, each reading only the keys it can see; and queries worth a part."""
 
 

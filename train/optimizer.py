@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from configs.run import OptimizerConfig
 from model.tree import Arrays, Skeleton
@@ -80,7 +81,28 @@ def stored_as(inner: optax.GradientTransformation, dtype: jnp.dtype) -> optax.Gr
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, skeleton: Skeleton) -> optax.GradientTransformation:
+def clipped(limit: float) -> optax.GradientTransformationExtraArgs:
+    """Gradients made shorter than `limit`, by their norm, which may be given, as `norm`.
+
+    optax's own clipping would take the norm of whatever part of the gradients it sees.
+    """
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        norm: Array | None = None,
+        **more: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        norm = optax.tree.norm(updates) if norm is None else norm
+        factor = jnp.where(norm < limit, 1.0, limit / norm)
+        return jax.tree.map(lambda x: x * factor.astype(x.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, skeleton: Skeleton) -> optax.GradientTransformationExtraArgs:
     """Clipping, then AdamW (arXiv 1711.05101) or Muon (Jordan et al. 2024) with AdamW for what is no matrix."""
     axes, shapes = skeleton.axes, skeleton.shapes
 
@@ -116,4 +138,4 @@ def make_optimizer(config: OptimizerConfig, steps: int, skeleton: Skeleton) -> o
             {"muon": stored_as(muon, moment_dtype), "adamw": adamw},
             lambda params: {name: labels[name] for name in params},
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), core) if config.clip_norm else core
+    return optax.with_extra_args_support(optax.chain(clipped(config.clip_norm), core) if config.clip_norm else core)

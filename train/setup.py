@@ -149,7 +149,7 @@ class Job:
     data: DataSets
     mesh: jax.sharding.Mesh
     skeleton: Skeleton
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     abstract: TrainState
     """Shapes and shardings of the state."""
     checkpoints: Checkpoints

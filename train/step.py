@@ -19,8 +19,9 @@ from sharding.mesh import platform
 from sharding.rules import constrain_weights, weights_table
 from train.losses import Parts, Totals, no_parts, totals
 from train.noise import noise_keys
-from train.rounding import cast, store
+from train.rounding import cast
 from train.state import TrainState, compute_dtype, parameter_dtypes
+from train.update import if_good, update
 
 Metrics = dict[str, Array]
 Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]
@@ -40,9 +41,10 @@ class Loss(Protocol):
     ) -> tuple[Array, Parts]: ...
 
 
-def make_train_step(run: Run, skeleton: Skeleton, loss: Loss, optimizer: optax.GradientTransformation) -> Step:
+def make_train_step(run: Run, skeleton: Skeleton, loss: Loss, optimizer: optax.GradientTransformationExtraArgs) -> Step:
     """The step of `run`; to be compiled once, with the state donated."""
     axes, within = skeleton.axes, weights_table(run.mesh.cut_over_data)
+    elementwise = run.optimizer.name == "adamw"
 
     def own_part(arrays: Arrays) -> Arrays:
         """What of the weights or gradients this device updates, where copies along `data` share that."""
@@ -61,24 +63,18 @@ def make_train_step(run: Run, skeleton: Skeleton, loss: Loss, optimizer: optax.G
             good = jnp.isfinite(norm) & jnp.isfinite(parts.loss)
             if run.spike_factor:
                 good &= (state.step < GUARD_AFTER) | (norm <= run.spike_factor * state.norm_mean)
-            weights = cast(state.params, "float32")
-            updates, opt = optimizer.update(gradients, state.opt, weights)
-            params = store(jax.tree.map(jnp.add, weights, updates), state.params, run.seed, state.step)
+            updated = update(optimizer, elementwise, gradients, norm, state, good, run.seed)
 
-        def if_good(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
-
-        params = if_good(params, state.params)
         counts_LE = parts.counts_LE
         extra = update_bias(state.extra, counts_LE, run, skeleton)
         mean = jnp.where(state.step == 0, norm, NORM_MEMORY * state.norm_mean + (1 - NORM_MEMORY) * norm)
         skipped = (~good).astype(jnp.int32)
         new = TrainState(
-            params=params,
-            extra=if_good(extra, state.extra),
-            opt=if_good(opt, state.opt),
+            params=updated.params,
+            extra=if_good(good, extra, state.extra),
+            opt=updated.opt,
             step=state.step + 1,
-            norm_mean=if_good(mean, state.norm_mean),
+            norm_mean=if_good(good, mean, state.norm_mean),
             bad_steps=(state.bad_steps + 1) * skipped,
             skipped=state.skipped + skipped,
         )
@@ -87,8 +83,8 @@ def make_train_step(run: Run, skeleton: Skeleton, loss: Loss, optimizer: optax.G
             "tokens": jnp.sum(batch["segments"] > 0),
             "z_loss": parts.z_loss,
             "gradient_norm": norm,
-            "parameter_norm": optax.tree.norm(cast(params, "float32")),
-            "update_norm": optax.tree.norm(updates),
+            "parameter_norm": updated.parameter_norm,
+            "update_norm": updated.update_norm,
             "skipped": skipped,
             "bad_steps": new.bad_steps,
         }
