@@ -36,7 +36,7 @@ VERBS = (
     Verb("eval", "examine a model: graded tasks with standard errors", "train.evaluation.verb:eval_main"),
     Verb("convert", "write a Hugging Face directory, or one of PEFT's", "model.convert_verb:convert_main"),
     Verb("plan", "compile the training step for TPUs that are not here: does it fit", "train.plan:plan_main"),
-    Verb("report", "render a run's report.html", "train.report:report_main"),
+    Verb("report", "render what runs measured as one page", "train.report:report_main"),
     Verb("doctor", "what is on this machine, and what will be slow", "train.doctor:doctor_main"),
 )
 

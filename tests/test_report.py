@@ -38,7 +38,7 @@ def make_run(directory: Path, steps: int, *, resume: int | None = None, load: bo
             record: dict[str, Any] = {
                 "loss": math.nan if step == 7 else 8.0 / math.sqrt(step),
                 "learning_rate": 3e-4 * step / steps,
-                "tokens": step * 512,
+                "tokens": 512,
                 "tokens_per_second": 1000.0 + step % 3,
                 "mfu": 0.25,
                 "gradient_norm": 1.0 / step,
@@ -119,6 +119,30 @@ def test_the_verb_prints_and_writes_numbers(tmp_path: Path, capsys: pytest.Captu
     assert summary["validation_loss_best"] == pytest.approx(9 / math.sqrt(20))
     assert (summary["skipped"], summary["resumes"], summary["seconds"]) == (1, 0, 10.0)
     assert summary["parameters_total"] == MODEL.parameters_total
+
+
+def test_runs_share_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each with all that it has alone, in the order given, and once; links lead to them."""
+    runs = [make_run(tmp_path / name, steps) for name, steps in (("first", 20), ("<second>", 30))]
+    single = [write_report(run).read_text() for run in runs]
+    names = [str(run) for run in runs]
+    assert report_main([*names, names[0], "--json", str(tmp_path / "out.json")]) == 0
+    out = capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert str(tmp_path / "report.html") in out
+    assert re.search(r"first +<second>", out)
+    assert json.loads((tmp_path / "out.json").read_text()) == {str(run): summarize(run) for run in runs}
+    alone = [[ElementTree.tostring(drawing) for drawing in drawings(text)] for text in single]
+    assert [ElementTree.tostring(drawing) for drawing in drawings(page)] == [*alone[0], *alone[1]]
+    links, places = re.findall(r'href="#([^"]+)"', page), re.findall(r' id="([^"]+)"', page)
+    assert links == places
+    assert len(set(links)) == 2
+    assert page.index("<h1>first</h1>") < page.index("<h1>&lt;second&gt;</h1>")
+    assert report_main([*names, "--html", str(tmp_path / "pages" / "both.html")]) == 0
+    assert (tmp_path / "pages" / "both.html").read_text() == page
+    with pytest.raises(UserError, match="does not exist"):
+        write_report(runs[0], tmp_path / "third", path=tmp_path / "none.html")
+    assert not (tmp_path / "none.html").exists()
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 700])

@@ -20,6 +20,7 @@ from configs import arithmetic, arithmetic_gspo, demo, demo_dpo, demo_sft
 from configs.run import Run
 from terminal import Parser, write_json
 
+STAGES = "pretrain", "sft", "dpo", "arithmetic", "gspo"
 PROMPT = "Hello!"
 STORY = "Once upon a time"
 QUESTIONS = (PROMPT, "What is the capital of France?", "Translate into Chinese: I am happy.")
@@ -29,6 +30,8 @@ BARS = "▁▂▃▄▅▆▇█"
 
 def demo_main(argv: list[str]) -> int:
     """The verb. Returns the exit code."""
+    from train.report import write_report
+
     parser = Parser(
         "demo",
         "Trains a tokenizer, a mixture of experts and its instruct version on the text in configs/demo_data, chats\n"
@@ -46,11 +49,12 @@ def demo_main(argv: list[str]) -> int:
     if args.fast:
         out = out.with_name(out.name + "-fast") if args.out == "runs/demo" else out
     summary = run_demo(out, fast=args.fast)
+    page = write_report(*(out / stage for stage in STAGES))
     summary["seconds"] = round(time.monotonic() - started, 1)
     write_json(out / "summary.json", summary)
     tell(f"\nAll of it took {summary['seconds']:.0f} s. Summary: {out / 'summary.json'}")
     tell(f"Chat with it:  qmax chat {out / 'sft'}")
-    tell(f"Look at it:    qmax report {out / 'pretrain'}  (and open {out / 'pretrain' / 'report.html'})")
+    tell(f"Look at it:    open {page}")
     return 0
 
 

@@ -1,8 +1,9 @@
-"""`qmax report RUN`: one page with everything that a run measured, readable anywhere, without network or script."""
+"""`qmax report RUN ...`: one page with all that runs measured, readable anywhere, without network or script."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -26,35 +27,49 @@ ALIGNMENT = "accuracy", "validation_accuracy", "reward_margin", "reward", "valid
 
 
 def report_main(argv: list[str]) -> int:
-    """`qmax report RUN [--json FILE]`."""
+    """`qmax report RUN [RUN ...] [--html FILE] [--json FILE]`."""
     parser = Parser(
         "report",
         "Draws what a training run measured into RUN/report.html: losses, rates, norms, expert load,\n"
-        "rewards and replies. --json writes the same in numbers.",
-        ["qmax report runs/demo/pretrain", "qmax report runs/demo/sft --json numbers.json"],
+        "rewards, evaluations and replies. Several runs, such as the stages of one model, come on one\n"
+        "page, in the folder that they share. --json writes the same in numbers, of several by run.",
+        ["qmax report runs/demo/pretrain", "qmax report runs/demo/pretrain runs/demo/sft --json numbers.json"],
     )
-    parser.add_argument("run", metavar="RUN", help="directory that qmax train wrote")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="directory that qmax train wrote")
+    parser.add_argument("--html", metavar="FILE", help="where the page goes, if not there")
     parser.add_json()
     arguments = parser.parse_args(argv)
-    path = write_report(arguments.run)
-    summary = summarize(arguments.run)
-    print_table([(name.replace("_", " "), value) for name, value in summary.items()])
+    path = write_report(*arguments.runs, path=arguments.html)
+    summaries = {str(run): summarize(run) for run in arguments.runs}
+    if len(summaries) == 1:
+        (summary,) = summaries.values()
+        print_table([(name.replace("_", " "), value) for name, value in summary.items()])
+    else:
+        summary = summaries
+        names = dict.fromkeys(name for one in summaries.values() for name in one)
+        rows = [(name.replace("_", " "), *(one.get(name) for one in summaries.values())) for name in names]
+        print_table(rows, ["", *(Path(run).name for run in summaries)])
     print(f"\n{path}")
     if arguments.json:
         write_json(arguments.json, summary)
     return 0
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Renders `report.html` into the run directory, whole or not at all, and returns its path.
+def write_report(*run_dirs: str | Path, path: str | Path | None = None) -> Path:
+    """Renders runs into one page, whole or not at all, and returns its path.
+
+    Args:
+        path: of the page; if not given, `report.html` in the run's directory, or in the one that several runs share.
 
     Raises:
-        UserError: the directory is not a run, or cannot be written.
+        UserError: a directory is not a run, or the page cannot be written.
     """
-    run_dir = Path(run_dir)
-    config, records = load(run_dir)
-    path = run_dir / NAME
-    save_page(path, _page(run_dir, config, records))
+    runs = [Path(run_dir) for run_dir in dict.fromkeys(map(str, run_dirs))]
+    loaded = [(run, *load(run)) for run in runs]
+    together = runs[0] if len(runs) == 1 else Path(os.path.commonpath([run.resolve() for run in runs]))
+    page = whole_page(escape(together.resolve().name), _contents(runs) + "".join(_part(*one) for one in loaded))
+    path = together / NAME if path is None else Path(path)
+    save_page(path, page)
     return path
 
 
@@ -68,7 +83,7 @@ def summarize(run_dir: str | Path) -> dict[str, Any]:
     last = records[-1] if records else {}
     return {
         "steps": last.get("step", 0),
-        "tokens": last.get("tokens"),
+        "tokens": sum(values(records, "tokens")) or None,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
         "validation_loss_best": min(validation, default=None),
@@ -103,9 +118,22 @@ def _parameters(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
 
 
 # ---- the page -------------------------------------------------------------------
-def _page(run_dir: Path, config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
+def _contents(runs: Sequence[Path]) -> str:
+    """Links to the runs of a page, where it has more than one."""
+    if len(runs) == 1:
+        return ""
+    links = [f'<a href="#{_anchor(run)}">{escape(run.resolve().name)}</a>' for run in runs]
+    return f"<nav>{''.join(links)}</nav>"
+
+
+def _anchor(run_dir: Path) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in str(run_dir.resolve()))
+
+
+def _part(run_dir: Path, config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
+    """All that one run measured."""
     title = escape(run_dir.resolve().name)
-    body = [f"<header><h1>{title}</h1>{_tiles(records)}</header>"]
+    body = [f'<header id="{_anchor(run_dir)}"><h1>{title}</h1>{_tiles(records)}</header>']
     body.append(f"<section>{_facts(config, records)}</section>")
     objective = config["run"].get("objective", "pretrain")
     examined = run_dir / "eval" / RESULTS
@@ -118,7 +146,7 @@ def _page(run_dir: Path, config: Mapping[str, Any], records: Sequence[Mapping[st
     drawn = [f"<main>{''.join(charts)}</main>" for charts in groups if any(charts)]
     drawn = drawn or ["<main>No step has been logged yet.</main>"]
     body += [drawn[0], sample_cards(read_samples(run_dir)), *drawn[1:]]
-    return whole_page(title, "".join(body))
+    return "".join(body)
 
 
 def _tiles(records: Sequence[Mapping[str, Any]]) -> str:
@@ -137,7 +165,7 @@ def _tiles(records: Sequence[Mapping[str, Any]]) -> str:
         ("held-out reward", last("validation_reward", ".3g")),
         ("preferred rightly", last("accuracy", ".0%")),
         ("held out", last("validation_accuracy", ".0%")),
-        ("tokens", short(tokens[-1]) if tokens else None),
+        ("tokens", short(sum(tokens)) if tokens else None),
         ("tokens/s", short(rate) if rate else None),
         ("MFU", f"{share:.1%}" if share else None),
         ("busiest expert, x mean", last("expert_load_max_over_mean", ".3g")),

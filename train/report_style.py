@@ -32,6 +32,9 @@ STYLE = f"""
 body{{margin:0;padding:28px;background:var(--page);color:var(--ink);font:15px/1.45 system-ui,sans-serif;
 font-variant-numeric:tabular-nums}}
 body>*{{max-width:1320px;margin:0 auto 20px}}
+nav{{display:flex;flex-wrap:wrap;gap:4px 24px}}
+nav a{{color:var(--c1);font-weight:600}}
+nav~header:not(:nth-child(2)){{border-top:1px solid var(--axis);margin-top:44px;padding-top:28px}}
 h1{{font-size:24px;margin:0 0 14px}}
 h2{{font-size:15px;font-weight:600;margin:0;flex-basis:100%}}
 dl{{display:flex;flex-wrap:wrap;gap:10px 36px;margin:0}}
