@@ -64,9 +64,11 @@ def test_weights_in_bfloat16_are_rounded_by_the_same_bits(monkeypatch: pytest.Mo
     assert np.mean(np.concatenate([(found[name] != expected[name]).ravel() for name in coarse])) < 1e-3
 
 
-def test_a_step_that_does_not_count_leaves_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_that_does_not_count_leaves_everything(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """In blocks, and where the optimizer takes whole matrices and keeps its state by kind of weight."""
     monkeypatch.setattr(update, "BLOCK", 100)
-    run = make_run(DENSE, optimizer=CLIPPED)
+    run = make_run(DENSE, optimizer=replace(CLIPPED, name=name))
     trainer = Trainer(run, ONE)
     rows = make_rows(run)
     trainer(rows)

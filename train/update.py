@@ -59,20 +59,20 @@ def update(
         return new, after, jnp.stack([_squares(new), _squares(updates)])
 
     small = [name for name in state.params if name not in large]
-    before = {name: state.params[name] for name in small}, _of(state.opt, small)
+    before = {name: state.params[name] for name in small}, _of(state, small)
     *after, squares = moved({name: gradients[name] for name in small}, *before)
     params, opt = if_good(good, tuple(after), before)
     squares = jnp.where(good, squares, jnp.stack([_squares(before[0]), jnp.zeros(())]))
     opts = [opt]
     for name in sorted(large):
-        own = {name: state.params[name]}, _of(state.opt, [name])
+        own = {name: state.params[name]}, _of(state, [name])
         found, opt, more = _in_blocks(moved, good, {name: gradients[name]}, *own)
         params |= found
         opts.append(opt)
         squares += more
     params = {name: params[name] for name in state.params}
     parameter_norm, update_norm = jnp.sqrt(squares)
-    return Updated(params, _joined(state.opt, opts), parameter_norm, update_norm)
+    return Updated(params, _joined(state, opts), parameter_norm, update_norm)
 
 
 def if_good(good: Array, new: Any, old: Any) -> Any:
@@ -81,33 +81,36 @@ def if_good(good: Array, new: Any, old: Any) -> Any:
 
 
 def _squares(arrays: Any) -> Float[Array, ""]:
-    """The sum of the squares of all numbers in a tree."""
-    return jnp.square(optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), arrays)))
+    """The sum of the squares of all numbers of arrays by path."""
+    return optax.tree.norm(cast(arrays, "float32"), squared=True)
 
 
-def _of(opt: Any, names: Sequence[str]) -> Any:
-    """The optimizer's state of some weights: dictionaries are by path, all else is shared."""
+def _of(state: TrainState, names: Sequence[str]) -> Any:
+    """The optimizer's state of some weights: dictionaries by path without the others, and what all share."""
+    by_path = _by_path(state)
 
     def some(part: Any) -> Any:
-        return {name: part[name] for name in names} if isinstance(part, dict) else part
+        return {name: part[name] for name in names} if by_path(part) else part
 
-    return jax.tree.map(some, opt, is_leaf=_is_by_path)
+    return jax.tree.map(some, state.opt, is_leaf=by_path)
 
 
-def _joined(opt: Any, opts: Sequence[Any]) -> Any:
-    """A state like `opt` of those of parts of the weights; what they share is the same in each."""
+def _joined(state: TrainState, opts: Sequence[Any]) -> Any:
+    """The optimizer's state, of those of parts of the weights; what they share is the same in each."""
+    by_path = _by_path(state)
 
     def one(part: Any, *each: Any) -> Any:
-        if not isinstance(part, dict):
+        if not by_path(part):
             return each[0]
         found = {name: x for own in each for name, x in own.items()}
         return {name: found[name] for name in part}
 
-    return jax.tree.map(one, opt, *opts, is_leaf=_is_by_path)
+    return jax.tree.map(one, state.opt, *opts, is_leaf=by_path)
 
 
-def _is_by_path(part: Any) -> bool:
-    return isinstance(part, dict)
+def _by_path(state: TrainState) -> Callable[[Any], bool]:
+    """Whether a part of the optimizer's state is a dictionary by path; optax has others, by kind of weight."""
+    return lambda part: isinstance(part, dict) and part.keys() == state.params.keys()
 
 
 def _in_blocks(
