@@ -65,7 +65,7 @@ def write_report(*run_dirs: str | Path, path: str | Path | None = None) -> Path:
         UserError: a directory is not a run, or the page cannot be written.
     """
     runs = [Path(run_dir) for run_dir in dict.fromkeys(map(str, run_dirs))]
-    loaded = [(run, *load(run)) for run in runs]
+    loaded = [(place, run, *load(run)) for place, run in enumerate(runs)]
     together = runs[0] if len(runs) == 1 else Path(os.path.commonpath([run.resolve() for run in runs]))
     page = whole_page(escape(together.resolve().name), _contents(runs) + "".join(_part(*one) for one in loaded))
     path = together / NAME if path is None else Path(path)
@@ -122,18 +122,14 @@ def _contents(runs: Sequence[Path]) -> str:
     """Links to the runs of a page, where it has more than one."""
     if len(runs) == 1:
         return ""
-    links = [f'<a href="#{_anchor(run)}">{escape(run.resolve().name)}</a>' for run in runs]
+    links = [f'<a href="#run-{n}">{escape(run.resolve().name)}</a>' for n, run in enumerate(runs)]
     return f"<nav>{''.join(links)}</nav>"
 
 
-def _anchor(run_dir: Path) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in str(run_dir.resolve()))
-
-
-def _part(run_dir: Path, config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    """All that one run measured."""
+def _part(place: int, run_dir: Path, config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
+    """All that one run measured; `place` is its number on the page."""
     title = escape(run_dir.resolve().name)
-    body = [f'<header id="{_anchor(run_dir)}"><h1>{title}</h1>{_tiles(records)}</header>']
+    body = [f'<header id="run-{place}"><h1>{title}</h1>{_tiles(records)}</header>']
     body.append(f"<section>{_facts(config, records)}</section>")
     objective = config["run"].get("objective", "pretrain")
     examined = run_dir / "eval" / RESULTS
