@@ -34,6 +34,9 @@ from train.step import Loss, make_train_step
 FIRST_TOKEN = 4
 """Smallest id of a synthetic prompt; a real vocabulary has its special tokens below."""
 
+TRAINING = ("train", "parts", "reward")
+"""Jobs that are measured in a process set up as one that trains."""
+
 Result = dict[str, Any]
 
 
@@ -269,8 +272,9 @@ def measure(job: dict[str, Any]) -> Result:
 
 def main() -> None:
     """Measures the job in the first argument and prints the result."""
-    configure_jax()
-    print(json.dumps(measure(json.loads(sys.argv[1]))), flush=True)
+    job = json.loads(sys.argv[1])
+    configure_jax(train=job["what"] in TRAINING)
+    print(json.dumps(measure(job)), flush=True)
 
 
 if __name__ == "__main__":

@@ -75,12 +75,18 @@ def restart_with_huge_pages() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def configure_jax(cache_dir: str | Path | None = None) -> Path | None:
+def configure_jax(cache_dir: str | Path | None = None, *, train: bool = False) -> Path | None:
     """Sets what every verb wants of jax; call it once, before the first compilation.
 
     The persistent compilation cache goes to `cache_dir`, or where JAX_COMPILATION_CACHE_DIR says, or to
     ~/.cache/qmax/jax; a place that cannot be written is passed over. Settings that the user made in the
     environment always stand.
+
+    Args:
+        train: the process trains. A CPU's programs of one device then run in the thread that calls them, not beside it.
+            Their memory, hundreds of megabytes a step, comes from where the C library can keep it (of a block that
+            large, asked for by another thread, it always gives back the pages), and a step has nothing to run ahead
+            of. An engine has: it plans a step while the last one runs.
 
     Returns:
         The cache directory, or None when nothing could be written.
@@ -95,6 +101,8 @@ def configure_jax(cache_dir: str | Path | None = None) -> Path | None:
     jax.config.update("jax_compilation_cache_dir", str(directory) if directory else None)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+    if train and "JAX_CPU_ENABLE_ASYNC_DISPATCH" not in os.environ:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     # "float32" means float32 everywhere: not TF32 on a GPU, not bfloat16 passes on a TPU.
     jax.config.update("jax_default_matmul_precision", "highest")
     # A process that was killed while it wrote leaves a torn entry: jax compiles afresh, and nobody needs to know.

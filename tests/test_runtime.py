@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,29 @@ def test_a_home_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file, not a folder")
     out = python(CACHE, HOME=str(tmp_path / "home"), XDG_CACHE_HOME="", JAX_COMPILATION_CACHE_DIR="")
     assert out.splitlines() == ["None", "2"]
+
+
+FAULTS = """
+import resource
+from sharding.runtime import configure_jax
+configure_jax(train=True)
+import jax, jax.numpy as jnp
+x = jnp.ones((4096, 8))
+step = jax.jit(lambda x: jnp.sum(jnp.sin(x @ x.T) @ jnp.cos(x @ x.T)[:, :1]))
+for _ in range(3):
+    step(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    step(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of Linux's C library")
+def test_a_step_keeps_its_memory() -> None:
+    """A program with 64 MiB at least of its own does not ask the system for them again at every call."""
+    pages = 64 * 2**20 // resource.getpagesize()
+    assert int(python(FAULTS, JAX_PLATFORMS="cpu", XLA_FLAGS="")) < pages
 
 
 @pytest.mark.parametrize(

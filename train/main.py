@@ -115,7 +115,7 @@ def train_run(run: Run, out: Path, *, resume: bool, hosts: Hosts | None = None) 
         hosts: the processes that do it together, as `find_hosts` gives them; None leaves it to jax to find out.
     """
     emulate_devices(-(-run.mesh.num_devices // (hosts.processes if hosts else 1)))
-    configure_jax()
+    configure_jax(train=True)
     join_hosts(hosts)
     check_alike({**to_dict(run), "resume": resume})
     if not is_first():
