@@ -40,7 +40,7 @@ def report_main(argv: list[str]) -> int:
     parser.add_json()
     arguments = parser.parse_args(argv)
     path = write_report(*arguments.runs, path=arguments.html)
-    summaries = {str(run): summarize(run) for run in arguments.runs}
+    summaries = {run: summarize(run) for run in arguments.runs}
     if len(summaries) == 1:
         (summary,) = summaries.values()
         print_table([(name.replace("_", " "), value) for name, value in summary.items()])
