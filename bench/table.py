@@ -252,5 +252,5 @@ def page(report: dict[str, Any]) -> str:
     if report["measured"]:
         lines += ["Compilations, counted by jax's monitoring events:", compilations(report["measured"])]
     if report["notes"]:
-        lines += ["Not measured:", "\n".join(f"- {note}" for note in report["notes"])]
+        lines += ["Notes:", "\n".join(f"- {note}" for note in report["notes"])]
     return "\n\n".join(lines) + "\n"
