@@ -253,9 +253,9 @@ def test_forms_of_choices(tmp_path: Path) -> None:
     path = write(tmp_path / "swag.jsonl", [{**swag, "activity_label": "Sitting"}])
     (item,) = open_any(f"hellaswag:{path}").items("test")
     assert item.asked[0] == ("Sitting: A man sits. He", " stands.. Up")
-    wiki = write(tmp_path / "w.jsonl", [{"text": ' = A = \n He said , " well @-@ known " . \n'}])
+    wiki = write(tmp_path / "w.jsonl", [{"text": ' = A = \n He said , " well @-@ known " to Jr . , too . \n'}])
     (item,) = open_any(f"wikitext:{wiki}").items("test")
-    assert "well-known" in item.asked[0].text and "said," in item.asked[0].text
+    assert item.asked[0].text == ' = A =\nHe said, "well-known" to Jr., too.\n'
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from model.load import load_model
 from serve.engine import Engine
 from serve.sampling_params import SamplingParams
 from tests.serving import ROOT, served_by_verb
+from train.tasks.texts import WikiText
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("QMAX_PARITY") != "1", reason="./run.sh test --parity"),
@@ -227,3 +228,17 @@ def test_the_harness_gets_the_engines_replies(tmp_path: Path) -> None:
         generation_kwargs={"until": ["."], "max_gen_toks": WORDS, "temperature": 0, "do_sample": False},
     )  # fmt: skip
     assert results["exact_match,none"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        " = Robert = \n Robert <unk> is an English film , television and theatre actor . \n",
+        " Ricardo <unk> Jr . , who threw 1 @,@ 000 well @-@ known balls ( 3 @.@ 5 each ) ; it was his 's ! ? \n",
+        " = = Early = = \n = = = Late = = = \n ' so ' [ he ] { was } said : \" none \" at 5 \N{DEGREE SIGN} N 7 \n",
+    ],
+)
+def test_wikitext_is_read_as_the_harness_reads_it(page: str) -> None:
+    from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+
+    assert WikiText.said(WikiText.__new__(WikiText), page) == wikitext_detokenizer({"page": page})
