@@ -69,8 +69,7 @@ COVER = [
     ("moe stacked", MeshConfig(2, 1, 2, 1, 2, exchange="all_to_all")),
     ("windowed", MeshConfig(1, 1, 1, 2, 4)),
     ("windowed", MeshConfig(2, context=4, context_exchange="all_gather")),
-    ("hybrid", MeshConfig(1, 2, 2, 1, 2)),
-    ("hybrid", MeshConfig(context=4, tensor=2)),
+    ("hybrid", MeshConfig(expert=2, tensor=2, context=2)),  # it compiles for half a minute
 ]
 CASES = ALL if os.environ.get("QMAX_FULL") else COVER
 
